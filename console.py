@@ -1,0 +1,82 @@
+"""What a script says to the person who runs it: errors of one line, progress, tables.
+
+Progress and errors go to stderr, results to stdout, so that `python evaluate.py runs/demo > scores.txt` stays clean.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+PLAIN_LINE_SECONDS = 30  # without a terminal: at most one progress line in this time
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what was expected, what came, where, and what to do."""
+
+
+class Progress:
+    """A bar on a terminal; elsewhere (log file, batch queue) a plain line now and then.
+
+    >>> with Progress("filter", total=240, unit="tile") as progress:
+    ...     progress.advance(note="loss 0.51")
+    """
+
+    def __init__(self, title: str, total: int, unit: str = "it"):
+        self.title, self.total, self.unit, self.done = title, total, unit, 0
+        self.started = self.last_line = time.monotonic()
+        self.bar = tqdm(total=total, desc=title, unit=unit, leave=False, dynamic_ncols=True,
+                        file=sys.stderr, disable=not sys.stderr.isatty())
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.done += steps
+        if not self.bar.disable:
+            self.bar.set_description(self.title, refresh=False)
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(steps)
+        elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
+            self.last_line = time.monotonic()
+            rate = self.done / (self.last_line - self.started)
+            print(f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s {note}".rstrip(),
+                  file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned plain text: the first column to the left, the others to the right."""
+    widths = [max(len(cells[i]) for cells in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *aligned[1:]]).rstrip()
+
+    return "\n".join(line(cells) for cells in [header, *rows])
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`; end with exit code 2 and one line where the user can mend the cause, 130 on Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, `head` say, has had enough
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,431 @@
+"""From tiles on disk to batches: pairs, masks, the cleaned list, splits, the packed store, folds and crops.
+
+    key      what names a tile: the part of its file name that stands for {key} in data.images and data.masks
+    group    slide or patient of a tile, found in its key by data.group; groups are never cut by a split or a fold
+    store    tiles.u8, all kept tiles as (N, H, W, 4) uint8: red, green, blue and class, mapped into memory
+
+ALL randomness is a function of (seed, epoch, fold, tile): every draw has its own generator, made from these keys.
+"""
+
+import csv
+import glob
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from console import Progress, UserError
+
+TILE_LIST = "tiles.csv"
+STORE = "tiles.u8"
+SPLITS = ("train", "test")
+DROPPED = ("sparse", "misregistered")
+MAX_PIXELS = 64_000_000  # larger headers are refused before anything is decoded: a small file can hold a huge image
+HEADER_BYTES = 4096  # of the store; one page, so that the pixels stay aligned
+
+
+def generator(seed: int, epoch: int, fold: int, purpose: str) -> np.random.Generator:
+    """A generator that depends on its keys alone, so that order, workers and restarts change nothing."""
+    return np.random.default_rng(_entropy(seed, epoch, fold, purpose))
+
+
+def torch_seed(seed: int, epoch: int, fold: int, purpose: str) -> int:
+    """The same for `torch.manual_seed`: dropout and initial weights."""
+    return int(np.random.SeedSequence(_entropy(seed, epoch, fold, purpose)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _entropy(seed: int, epoch: int, fold: int, purpose: str) -> list[int]:
+    return [seed, epoch, fold, int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")]
+
+
+# ---------------------------------------------------------------------------------------------- files of a tile
+
+def open_picture(path: Path) -> Image.Image:
+    """Decode a picture, or say in one line why it cannot be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than a tile may have "
+                            f"({MAX_PIXELS:,}); cut it into tiles")
+        if picture.tile and "16" in str(picture.tile[0][3]):
+            raise UserError(f"{path}: 16 bits a channel; expected 8. Convert it to 8 bits")
+        picture.load()
+        return picture
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{path}: far more pixels than a tile may have ({MAX_PIXELS:,}); cut it into tiles") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); replace it or remove the pair") from None
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the header alone."""
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); replace it or remove the pair") from None
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8. RGB and opaque RGBA are read exactly, every other mode is refused."""
+    picture = open_picture(path)
+    if picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (255, 255):
+        picture = picture.convert("RGB")
+    if picture.mode != "RGB":
+        raise UserError(f"{path}: an image must be 8-bit RGB, this one has mode {picture.mode}; convert it to RGB")
+    return np.asarray(picture)
+
+
+def read_mask(path: Path, greys: Sequence[int]) -> np.ndarray:
+    """(H, W) uint8 class indices; class k is the grey `greys[k]`, and any other grey is an error.
+
+    Grey and RGB with three equal channels are read exactly. A palette is refused, since its indices and its colours
+    are both candidates, and so is JPEG, which smears labels.
+    """
+    picture = open_picture(path)
+    if picture.format == "JPEG":
+        raise UserError(f"{path}: JPEG changes the values of a mask; save masks as PNG")
+    if picture.mode not in ("L", "RGB"):
+        raise UserError(f"{path}: a mask must be 8-bit grey, this one has mode {picture.mode}; convert it so that "
+                        f"every pixel is one of {list(greys)}")
+    mask = np.asarray(picture)
+    if mask.ndim == 3:
+        if (mask != mask[..., :1]).any():
+            raise UserError(f"{path}: a mask must be grey, this one is coloured; convert it so that every pixel is "
+                            f"one of {list(greys)}")
+        mask = mask[..., 0]
+    lookup = np.full(256, 255, np.uint8)
+    lookup[list(greys)] = np.arange(len(greys))
+    labels = lookup[mask]
+    if labels.max() == 255:
+        values, counts = np.unique(mask[labels == 255], return_counts=True)
+        found = ", ".join(f"{value} ({count} pixels)" for value, count in list(zip(values, counts, strict=True))[:5])
+        raise UserError(f"{path}: grey {found}{', …' if len(values) > 5 else ''} is none of data.greys {list(greys)}; "
+                        "mend the mask or set data.greys and data.classes")
+    return labels
+
+
+def read_pair(root: Path, tile: "Tile", greys: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) and class indices (H, W), both uint8 and of one size."""
+    image, mask = read_image(root / tile.image), read_mask(root / tile.mask, greys)
+    if image.shape[:2] != mask.shape:
+        raise UserError(f"{root / tile.mask}: the mask is {mask.shape[0]} x {mask.shape[1]} pixels (height x width), "
+                        f"its image {root / tile.image} is {image.shape[0]} x {image.shape[1]}; they must agree")
+    return image, mask
+
+
+# ---------------------------------------------------------------------------------------------- the list of tiles
+
+@dataclass(frozen=True)
+class Tile:
+    """A row of tiles.csv: a pair, what the filter measured, and its verdict (`split`). Paths are below data.root."""
+
+    key: str
+    image: str
+    mask: str
+    group: str = ""
+    foreground: float | None = None  # share of the mask that is not background
+    blank: float | None = None  # share of the annotated tissue where the image shows glass (Algorithm 1)
+    split: str = ""  # train, test, or the reason why the tile was dropped
+
+
+def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Tile]:
+    """Every image with its mask, by key, in the keys' natural order (2 before 10)."""
+    found_images, found_masks = _files_by_key(root, images), _files_by_key(root, masks)
+    if not found_images and not found_masks:
+        raise UserError(f"{root}: no tiles found: expected {root / images} and {root / masks}. Put your tiles there, "
+                        "or set data.root, data.images and data.masks; `python -m tools.make_demo_data data/demo` "
+                        "makes tiles to try (then add data.root=data/demo)")
+    for here, there, what, pattern in ((found_images, found_masks, "mask", masks),
+                                       (found_masks, found_images, "image", images)):
+        lone = [key for key in here if key not in there]
+        if lone:
+            raise UserError(f"{root / here[lone[0]]}: its {what} {root / pattern.format(key=lone[0])} is missing "
+                            f"({len(lone)} of {len(here)} files have no {what}); add it or remove the file")
+    return [Tile(key, found_images[key], found_masks[key], group_of(key, group))
+            for key in sorted(found_images, key=_natural)]
+
+
+def _files_by_key(root: Path, pattern: str) -> dict[str, str]:
+    before, after = pattern.split("{key}")
+    paths = (path.relative_to(root).as_posix() for path in root.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
+    return {path[len(before):len(path) - len(after)]: path for path in paths}
+
+
+def _natural(key: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", key) if part]
+
+
+def group_of(key: str, pattern: str) -> str:
+    """What `pattern` finds in the key: its first group in parentheses, else the whole match; "" without a pattern."""
+    if not pattern:
+        return ""
+    match = re.search(pattern, key)
+    if match is None:
+        raise UserError(f"data.group '{pattern}' finds nothing in the key '{key}'; every key must hold its group")
+    return match.group(1) if match.groups() else match.group(0)
+
+
+def split_by_group(tiles: Sequence[Tile], test_fraction: float, seed: int) -> list[str]:
+    """"train" or "test" for each tile; the tiles of a group stay together, a tile without a group is its own.
+
+    Groups come in random order and go to the test set as long as they fit into `test_fraction` of the tiles, so that
+    11,033 single tiles at 0.2 give the report's 8,827 and 2,206.
+    """
+    groups = _tiles_by_group([tile.group or f"tile {i}" for i, tile in enumerate(tiles)])
+    room = int(test_fraction * len(tiles))
+    order = generator(seed, 0, 0, "split").permutation(len(groups))
+    test: list[int] = []
+    for members in (groups[i] for i in order):
+        if len(test) + len(members) <= room:
+            test.extend(members)
+    if not test:
+        test = list(min(groups, key=len))
+    if len(test) == len(tiles) or not tiles:
+        raise UserError(f"{len(tiles)} tiles of {len(groups)} groups cannot be split into a training and a test set; "
+                        "at least two groups (slides, patients) are needed")
+    chosen = set(test)
+    return ["test" if i in chosen else "train" for i in range(len(tiles))]
+
+
+def _tiles_by_group(names: Sequence[str]) -> list[list[int]]:
+    members: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        members.setdefault(name, []).append(i)
+    return list(members.values())
+
+
+def write_tiles(path: Path, tiles: Sequence[Tile]) -> None:
+    """Write the list whole or not at all."""
+    names = [f.name for f in fields(Tile)]
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for tile in tiles:
+            writer.writerow({name: "" if value is None else f"{value:.6f}" if isinstance(value, float) else value
+                             for name, value in asdict(tile).items()})
+
+
+def read_tiles(root: Path) -> list[Tile]:
+    """The cleaned list of a data root, checked: names, verdicts, paths, and no group on both sides of the split."""
+    path = root / TILE_LIST
+    if not path.is_file():
+        hint = ("`python data_filter.py --config configs/NAME.yaml` writes it" if root.is_dir() else
+                f"the folder {root} is missing too. `python -m tools.make_demo_data data/demo` makes tiles that work, "
+                "`python -m tools.prepare_ebhi SOURCE data/ebhi` prepares real ones; then run data_filter.py")
+        raise UserError(f"{path}: the cleaned list of tiles is missing; {hint}")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        names = {f.name for f in fields(Tile)}
+        if not names <= set(rows.fieldnames or ()):
+            missing = ", ".join(sorted(names - set(rows.fieldnames or ())))
+            raise UserError(f"{path}: expected the columns {', '.join(f.name for f in fields(Tile))}; missing: "
+                            f"{missing}. Run data_filter.py again")
+        tiles = [_tile_of(row, f"{path} line {rows.line_num}") for row in rows]
+    for name in ("key", "image", "mask"):
+        value, count = Counter(getattr(tile, name) for tile in tiles).most_common(1)[0] if tiles else ("", 0)
+        if count > 1:
+            raise UserError(f"{path}: the {name} '{value}' stands in {count} rows; keep one")
+    in_test = {tile.group for tile in tiles if tile.split == "test"} - {""}
+    both = in_test & {tile.group for tile in tiles if tile.split == "train"}
+    if both:
+        raise UserError(f"{path}: group '{min(both)}' has tiles in train and in test; a group belongs to one of them")
+    return tiles
+
+
+def _tile_of(row: dict, where: str) -> Tile:
+    values = {f.name: row[f.name] for f in fields(Tile)}
+    if None in values.values() or None in row:
+        raise UserError(f"{where}: expected {len(values)} columns, as in the first line")
+    if values["split"] not in SPLITS + DROPPED:
+        raise UserError(f"{where}: split is '{values['split']}'; expected one of {', '.join(SPLITS + DROPPED)}")
+    for name in ("image", "mask"):
+        if Path(values[name]).is_absolute() or ".." in Path(values[name]).parts:
+            raise UserError(f"{where}: {name} '{values[name]}' leaves the data folder; give a path below it")
+    try:
+        shares = {name: float(values[name]) if values[name] else None for name in ("foreground", "blank")}
+    except ValueError:
+        raise UserError(f"{where}: foreground and blank must be numbers or empty; they are "
+                        f"'{values['foreground']}' and '{values['blank']}'") from None
+    return Tile(**{**values, **shares})
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place if the block ends well, and vanishes if it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- the packed store
+
+def open_store(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> np.memmap:
+    """The tiles as a read-only memory map (N, H, W, 4) uint8, packed anew where it is absent or stale.
+
+    Stale means: another list, order, file size, modification time or greys than when it was packed.
+    """
+    path = root / STORE
+    signature = _signature(root, tiles, greys)
+    header = _read_header(path)
+    if header is None or header["signature"] != signature:
+        header = _pack(path, root, tiles, greys, signature)
+    return np.memmap(path, np.uint8, mode="r", offset=HEADER_BYTES, shape=tuple(header["shape"]))
+
+
+def _signature(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> str:
+    digest = hashlib.sha256(repr(list(greys)).encode())
+    for tile in tiles:
+        for name in (tile.image, tile.mask):
+            try:
+                stat = (root / name).stat()
+            except FileNotFoundError:
+                raise UserError(f"{root / name}: listed in {root / TILE_LIST} but missing; restore it or run "
+                                "data_filter.py again") from None
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _read_header(path: Path) -> dict | None:
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(HEADER_BYTES))
+        whole = path.stat().st_size == HEADER_BYTES + int(np.prod(header["shape"]))
+        return header if whole else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _pack(path: Path, root: Path, tiles: Sequence[Tile], greys: Sequence[int], signature: str) -> dict:
+    height, width = picture_size(root / tiles[0].image)
+    header = {"shape": [len(tiles), height, width, 4], "signature": signature}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(json.dumps(header).encode().ljust(HEADER_BYTES))
+        with Progress("pack tiles", len(tiles), "tile") as progress:
+            for tile in tiles:
+                image, mask = read_pair(root, tile, greys)
+                if mask.shape != (height, width):
+                    raise UserError(f"{root / tile.image}: {mask.shape[0]} x {mask.shape[1]} pixels, but "
+                                    f"{root / tiles[0].image} has {height} x {width}; tiles must be of one size")
+                file.write(np.dstack([image, mask]).tobytes())
+                progress.advance()
+    return header
+
+
+# ---------------------------------------------------------------------------------------------- the training set
+
+@dataclass(frozen=True)
+class Statistics:
+    """What training learns about its tiles before it starts; travels in the checkpoint."""
+
+    mean: list[float]  # of red, green, blue, in [0, 1]
+    std: list[float]
+    frequencies: list[float]  # share of the pixels of each class (section 6.1.1)
+
+
+def measure(store: np.ndarray, rows: Sequence[int], classes: int) -> Statistics:
+    """Channel mean, standard deviation and class frequencies over the tiles `rows`, from exact histograms."""
+    histograms = np.zeros((4, 256), np.int64)
+    with Progress("statistics", len(rows), "tile") as progress:
+        for row in rows:
+            for channel in range(4):
+                histograms[channel] += np.bincount(store[row, ..., channel].ravel(), minlength=256)
+            progress.advance()
+    levels, pixels = np.arange(256) / 255, histograms[0].sum()
+    mean = histograms[:3] @ levels / pixels
+    std = np.sqrt(np.maximum(histograms[:3] @ levels**2 / pixels - mean**2, 1e-12))
+    return Statistics(mean.tolist(), std.tolist(), (histograms[3, :classes] / pixels).tolist())
+
+
+def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
+    """Images (B, H, W, 3) uint8 to the network's input (B, 3, H, W), channels last in memory (section 5.1.1)."""
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (statistics.mean, statistics.std))
+    return ((pixels / 255 - mean) / std).movedim(-1, 1)
+
+
+def draw_folds(groups: Sequence[str], folds: int, images_per_epoch: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """`folds` arrays of `images_per_epoch / folds` row numbers each; no group is in two of them (section 5.1.2).
+
+    The groups ("" = the tile alone) are dealt in random order, each to the fold with the fewest tiles. A fold with
+    more tiles than it needs takes a random part of them; one with fewer repeats them, which gives them other crops.
+    """
+    members = _tiles_by_group([group or f"tile {i}" for i, group in enumerate(groups)])
+    if len(members) < folds:
+        raise UserError(f"{len(groups)} training tiles of {len(members)} groups cannot fill {folds} folds without "
+                        f"cutting a group: set train.folds to at most {len(members)}, or add slides or patients")
+    random = generator(seed, epoch, 0, "folds")
+    dealt: list[list[int]] = [[] for _ in range(folds)]
+    for i in random.permutation(len(members)):
+        min(dealt, key=len).extend(members[i])
+    return [np.resize(random.permutation(rows), images_per_epoch // folds) for rows in dealt]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Windows into the store, one for each image that passes through the network; all arrays (n,)."""
+
+    rows: np.ndarray
+    top: np.ndarray
+    left: np.ndarray
+    flip_vertical: np.ndarray  # upside down
+    flip_horizontal: np.ndarray  # left and right swapped
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, store: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+        """(B, size, size, 4) uint8 batches in order; the last one may be smaller."""
+        for start in range(0, len(self), batch_size):
+            stop = min(start + batch_size, len(self))
+            batch = np.empty((stop - start, self.size, self.size, 4), np.uint8)
+            for slot, i in enumerate(range(start, stop)):
+                top, left = self.top[i], self.left[i]
+                window = store[self.rows[i], top:top + self.size, left:left + self.size]
+                step = (-1 if self.flip_vertical[i] else 1), (-1 if self.flip_horizontal[i] else 1)
+                batch[slot] = window[::step[0], ::step[1]]
+            yield torch.from_numpy(batch)
+
+
+def training_crops(folds: Sequence[np.ndarray], fold: int, tile_size: tuple[int, int], size: int,
+                   seed: int, epoch: int) -> Crops:
+    """All folds but `fold`, shuffled, with random windows and independent flips (section 5.1.1)."""
+    random = generator(seed, epoch, fold, "training crops")
+    rows = random.permutation(np.concatenate([rows for i, rows in enumerate(folds) if i != fold]))
+    top, left = _windows(random, len(rows), tile_size, size)
+    flips = random.random((2, len(rows))) < 0.5
+    return Crops(rows, top, left, flips[0], flips[1], size)
+
+
+def validation_crops(folds: Sequence[np.ndarray], fold: int, tile_size: tuple[int, int], size: int,
+                     seed: int, epoch: int) -> Crops:
+    """The fold itself: one random window an image, no flips."""
+    top, left = _windows(generator(seed, epoch, fold, "validation crops"), len(folds[fold]), tile_size, size)
+    upright = np.zeros(len(folds[fold]), bool)
+    return Crops(folds[fold], top, left, upright, upright, size)
+
+
+def _windows(random: np.random.Generator, count: int, tile_size: tuple[int, int],
+             size: int) -> tuple[np.ndarray, np.ndarray]:
+    height, width = tile_size
+    return random.integers(0, height - size + 1, count), random.integers(0, width - size + 1, count)

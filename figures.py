@@ -1,0 +1,95 @@
+"""Every picture that the scripts draw, in one palette.
+
+Colours are fixed by class index, never scaled to what a picture happens to contain: on the report's autoscaled grey
+plots a mask without tumour looks like one without background (figures 7 and 9 to 11).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from dataset import replacing
+
+# Okabe and Ito's colours, told apart with every kind of colour vision; the first is the background
+PALETTE = ("#f2f2f2", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#0072b2", "#cc79a7", "#000000")
+ERROR = "#c2007a"
+FOLD, TRAIN, VALIDATION = "#999999", "#0072b2", "#d55e00"
+
+
+def class_colours(classes: int) -> np.ndarray:
+    """(K, 3) uint8; beyond eight classes the colours repeat, without the background's."""
+    names = [PALETTE[k] if k < len(PALETTE) else PALETTE[1 + (k - 1) % (len(PALETTE) - 1)] for k in range(classes)]
+    return np.array([_rgb(name) for name in names])
+
+
+def _rgb(name: str) -> np.ndarray:
+    return np.round(np.array(matplotlib.colors.to_rgb(name)) * 255).astype(np.uint8)
+
+
+def colour_mask(mask: np.ndarray, classes: int) -> np.ndarray:
+    """Class indices (H, W) to colours (H, W, 3) uint8."""
+    return class_colours(classes)[mask]
+
+
+def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) in pale grey with every wrong pixel in one strong colour, uint8."""
+    grey = 128 + image.mean(-1, keepdims=True) / 2
+    wrong = (target != prediction)[..., None]
+    return np.where(wrong, _rgb(ERROR), grey).astype(np.uint8)
+
+
+def save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])
+
+
+def losses(history: Sequence[dict], folds: int, title: str) -> Figure:
+    """Figures 6 and 8: train and validation loss, raw and EMA, and each fold's validation loss as a faint dot."""
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for fold in range(folds):
+        axes.plot(epochs, [row[f"val_loss_{fold}"] for row in history], ".", color=FOLD, alpha=0.45, markersize=4,
+                  label="validation, each fold" if fold == 0 else None)
+    for name, colour, label in (("train", TRAIN, "training"), ("val", VALIDATION, "validation of the survivor")):
+        axes.plot(epochs, [row[f"{name}_loss"] for row in history], color=colour, alpha=0.35, linewidth=1)
+        axes.plot(epochs, [row[f"{name}_ema"] for row in history], color=colour, linewidth=2, label=f"{label}, EMA")
+    cuts = [row["epoch"] for row, after in pairwise(history) if after["lr"] < row["lr"]]
+    for i, epoch in enumerate(cuts):
+        axes.axvline(epoch + 0.5, color="black", linestyle=":", linewidth=1,
+                     label="learning rate cut" if i == 0 else None)
+    best = min(history, key=lambda row: row["val_loss"])
+    axes.plot(best["epoch"], best["val_loss"], "*", color=VALIDATION, markeredgecolor="black", markersize=11,
+              label=f"best.pt (epoch {best['epoch']})")
+    axes.set(xlabel="epoch", ylabel="loss", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def predictions(rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Figure:
+    """image | truth | prediction | errors for each (caption, image (H, W, 3), target (H, W), prediction (H, W))."""
+    titles = ("image", "truth", "prediction", "errors")
+    figure = Figure(figsize=(4 * 2.6, len(rows) * 2.85 + 0.5), dpi=130, layout="constrained")
+    grid = figure.subplots(len(rows), 4, squeeze=False)
+    for axes, (caption, image, target, prediction) in zip(grid, rows, strict=True):
+        panels = (image, colour_mask(target, len(classes)), colour_mask(prediction, len(classes)),
+                  error_map(image, target, prediction))
+        for axis, title, panel in zip(axes, titles, panels, strict=True):
+            axis.imshow(panel, interpolation="nearest" if title in titles[1:3] else "antialiased")
+            axis.set(xticks=[], yticks=[])
+            if axes is grid[0]:
+                axis.set_title(title, fontsize=11)
+        axes[0].set_ylabel(caption, fontsize=8)
+    colours = class_colours(len(classes)) / 255
+    handles = [Patch(facecolor=colour, edgecolor="grey", label=name)
+               for name, colour in zip(classes, colours, strict=True)]
+    handles.append(Patch(facecolor=ERROR, edgecolor="grey", label="wrong class"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    return figure

@@ -1,0 +1,51 @@
+"""Which device and which precision a script computes with."""
+
+import sys
+
+import torch
+
+from console import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a config's `device`: auto = CUDA, else MPS, else CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device '{name}' cannot be used here ({reason}); try device=auto or device=cpu") from None
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself. Emulation would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # torch has no public question for this
+        return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return False
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a config's `train.precision`: auto = bfloat16 autocast where the hardware has it, else float32."""
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and has_bf16(device)) else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which the network runs; with float32 it changes nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory this process has used: the GPU's where it computes on one, else the machine's (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,91 @@
+"""The losses of the report's section 6.1, by the names that configs use.
+
+    p   softmax of the logits                         probs   (B, K, H, W)
+    t   one-hot target                                target  (B, H, W) int64 holds the class of each pixel
+    w   class weights, equation 4                     weights (K,)
+    B   the batch, I the pixels of a tile, C the classes
+
+Every loss maps logits (B, K, H, W) and target (B, H, W) to a scalar, and is computed in float32 whatever the precision
+of the network. The report prints equations 2 and 3 without their minus sign, equation 6 without an epsilon, and
+equation 12 with the sign of the Dice term wrong; here they are as they must be.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+
+
+def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Equations 2 and 3 (negated): the weighted sum over pixels divided by the NUMBER of pixels.
+
+    `torch.nn.CrossEntropyLoss(weight)` divides by the summed weights instead, which makes the weights' scale void and
+    equation 4's normalisation pointless.
+    """
+    log_probs = torch.log_softmax(logits.float(), dim=1)                             # (B, K, H, W)
+    true_log_probs = log_probs.gather(1, target[:, None])[:, 0]                      # (B, H, W)
+    if weights is not None:
+        true_log_probs = true_log_probs * weights[target]                            # (B, H, W)
+    return -true_log_probs.mean()
+
+
+def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
+    """Equation 9 for each tile: (B,), the mean over ALL classes of 2 sum(t p) / (sum t + sum p).
+
+    A class that is absent from the target scores 0 here, so that a perfect prediction of a tile with two of three
+    classes has 0.667, and the class's term has no gradient: under this loss false tumour on a tile without tumour costs
+    only what it takes from the other classes. Epsilon stands in the denominator alone, where it keeps 0/0 away.
+    """
+    probs = torch.softmax(logits.float(), dim=1)                                     # (B, K, H, W)
+    one_hot = torch.zeros_like(probs).scatter_(1, target[:, None], 1.0)              # (B, K, H, W)
+    overlap = (one_hot * probs).sum(dim=(2, 3))                                      # (B, K)
+    total = one_hot.sum(dim=(2, 3)) + probs.sum(dim=(2, 3))                          # (B, K)
+    return (2 * overlap / (total + EPSILON)).mean(dim=1)                             # (B,)
+
+
+def dice(logits: Tensor, target: Tensor) -> Tensor:
+    """Equation 6: the negated soft Dice, from -1 (best) to 0."""
+    return -soft_dice(logits, target).mean()
+
+
+def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
+    """Equation 7: cross-entropy plus Dice loss."""
+    return cross_entropy(logits, target) + dice(logits, target)
+
+
+def log_dice_ce(logits: Tensor, target: Tensor) -> Tensor:
+    """Equation 12 as it is meant: cross-entropy minus the logarithm of the soft Dice score.
+
+    As printed, log(-DICE) + CE falls without bound as the overlap vanishes.
+    """
+    return cross_entropy(logits, target) - torch.log(soft_dice(logits, target).mean().clamp(min=EPSILON))
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "ce": cross_entropy,
+    "wce": cross_entropy,
+    "dice": dice,
+    "dice_ce": dice_ce,
+    "log_dice_ce": log_dice_ce,
+}
+
+
+def class_weights(frequencies: Tensor) -> Tensor:
+    """Equation 4: weights (K,) inversely proportional to the classes' frequencies (K,), with sum 1.
+
+    The report's .525 .275 .200 give .181 .345 .474. Raises `ValueError` where a class does not occur.
+    """
+    if not bool((frequencies > 0).all()):
+        raise ValueError(f"class weights need every class to occur; the frequencies are {frequencies.tolist()}")
+    inverse = 1 / frequencies.double()
+    return (inverse / inverse.sum()).float()
+
+
+def make_loss(name: str, frequencies: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of a config's `loss.name`; only `wce` looks at the class frequencies (K,)."""
+    if name != "wce":
+        return LOSSES[name]
+    weights = class_weights(frequencies)
+    return lambda logits, target: cross_entropy(logits, target, weights.to(target.device))

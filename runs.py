@@ -1,0 +1,191 @@
+"""What a run leaves on disk.
+
+    runs/NAME/config.yaml            the whole resolved config
+              environment.json       what it was trained with: command, commit, versions, device, sha256 of tiles.csv
+              metrics.csv            a row an epoch
+              checkpoints/last.pt    after every epoch; `train.py --resume` continues it
+              checkpoints/best.pt    minimum of the survivor's validation loss; `evaluate.py` takes it
+              figures/losses.png
+
+A checkpoint holds model, optimizer, scheduler, history (the rows of metrics.csv), config and statistics: tensors,
+numbers and strings only. Files appear whole or not at all, whenever the process is killed.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, from_dict, to_dict
+from console import UserError
+from dataset import TILE_LIST, Statistics, replacing
+from unet import UNet
+
+FORMAT = "crc-unet checkpoint 1"
+KEYS = {"format", "model", "optimizer", "scheduler", "history", "config", "statistics", "tiles_sha256"}
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "matplotlib", "pyyaml", "tqdm")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read from disk and found whole; tensors are on the CPU."""
+
+    path: Path
+    config: Config
+    statistics: Statistics
+    model: dict
+    optimizer: dict
+    scheduler: dict
+    history: list[dict]
+    tiles_sha256: str
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history)
+
+
+def run_folder(config: Config) -> Path:
+    return Path("runs") / config.name
+
+
+def refuse_existing(folder: Path) -> None:
+    """Runs are never overwritten."""
+    if folder.exists():
+        raise UserError(f"{folder} exists and is not overwritten: continue it with `python train.py --resume {folder}`"
+                        ", choose another name with name=NAME, or remove the folder")
+
+
+def create_run(folder: Path, config: Config, device: torch.device, precision: torch.dtype) -> None:
+    """Make the run's folder with its config and environment."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "figures").mkdir()
+    write_text(folder / "config.yaml", config.to_yaml())
+    write_text(folder / "environment.json", json.dumps(environment(config, device, precision), indent=2) + "\n")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; the system frees it however the process ends."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run")
+    with (folder / ".lock").open("w") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder} is being trained by another process; wait for it or stop it first") from None
+        for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        yield
+
+
+def environment(config: Config, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """What a result depends on beside its config."""
+    is_cuda = device.type == "cuda"
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"{device.type} ({platform.machine()})",
+        "precision": str(precision).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "tiles_sha256": tiles_sha256(config),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, with a + where files differ from it; None outside a git checkout."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def tiles_sha256(config: Config) -> str:
+    return hashlib.sha256((Path(config.data.root) / TILE_LIST).read_bytes()).hexdigest()
+
+
+def build_model(config: Config) -> UNet:
+    return UNet(classes=len(config.data.classes), **asdict(config.model))
+
+
+def save_checkpoint(path: Path, *, config: Config, statistics: Statistics, history: Sequence[dict],
+                    tiles_sha256: str, **states: dict) -> None:
+    """Write a checkpoint whole or not at all; `states` are model, optimizer and scheduler."""
+    contents = {"format": FORMAT, "config": to_dict(config), "statistics": asdict(statistics),
+                "history": list(history), "tiles_sha256": tiles_sha256, **states}
+    with replacing(path) as temporary:
+        torch.save(contents, temporary)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and check a checkpoint; a damaged or foreign file is refused before anything is computed."""
+    if not path.is_file():
+        near = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt"))) or "none"
+        raise UserError(f"{path}: no such checkpoint (there: {near}); is this the folder of a run that was trained?")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load reads altered bytes without a word, the zip's CRC sees them
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"{path}: damaged (its part {damaged} does not match its checksum); restore the file")
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, pickle and torch raise nearly anything on a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); restore the file") from None
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= KEYS:
+        raise UserError(f"{path}: not a checkpoint of this repository (expected format '{FORMAT}')")
+    values = {key: value for key, value in contents.items() if key in KEYS - {"format"}}
+    values["config"] = from_dict(values["config"], str(path))
+    values["statistics"] = Statistics(**values["statistics"])
+    return Checkpoint(path=path, **values)
+
+
+def load_weights(model: UNet, checkpoint: Checkpoint) -> None:
+    """Copy the checkpoint's weights into `model`, or name what does not fit."""
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint.model.items()}
+    if ours != theirs:
+        name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise UserError(f"{checkpoint.path}: does not fit the network of its config, model.widths "
+                        f"{list(checkpoint.config.model.widths)}: '{name}' is {theirs.get(name, 'missing')} in the "
+                        f"file and {ours.get(name, 'not')} in the network")
+    model.load_state_dict(checkpoint.model)
+
+
+def write_metrics(path: Path, history: Sequence[dict]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, history[0].keys())
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,95 @@
+"""EBHI-Seg, as it is published, to the layout of this repository.
+
+    python -m tools.prepare_ebhi SOURCE data/ebhi
+    python data_filter.py --config configs/ebhi.yaml
+
+SOURCE holds CLASS/image/NAME.png and CLASS/label/NAME.png: 224 x 224 haematoxylin-eosin stained biopsies of the
+colorectum with grey, antialiased labels of the glands (L. Shi et al., Frontiers in Medicine 2023,
+doi 10.3389/fmed.2023.1114673). Written are OUT/frames/frame#KEY.png and OUT/masks/mask#KEY.png with three classes:
+
+    background   not gland (label <= 127)
+    tissue       non-malignant gland: Normal, Polyp, Serrated adenoma, Low-grade IN
+    tumour       malignant gland: Adenocarcinoma, High-grade IN
+
+KEY is PATIENT-REST_CLASS, in capitals where NAME has letters, since the published names mix cases and 74 patients occur
+in more than one class: split by patient (data.group), never by tile.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from config import Data
+from console import Progress, UserError, run, table
+from dataset import open_picture, read_image
+
+GLAND = {"Adenocarcinoma": 2, "High-grade IN": 2, "Low-grade IN": 1, "Normal": 1, "Polyp": 1, "Serrated adenoma": 1}
+GLAND_ABOVE = 127  # grey of the label; its edges are antialiased
+
+
+def find_sources(source: Path) -> list[tuple[str, Path, Path]]:
+    """(class, image, label) of every pair, sorted; a file without its partner is an error."""
+    pairs = []
+    for name in GLAND:
+        images, labels = (
+            {path.stem: path for path in sorted((source / name / kind).glob("*.png"))} for kind in ("image", "label"))
+        lone = sorted(images.keys() ^ labels.keys())
+        if lone:
+            raise UserError(f"{source / name}: '{lone[0]}' has no {'label' if lone[0] in images else 'image'} "
+                            f"({len(lone)} files without a partner); restore or remove them")
+        pairs += [(name, images[stem], labels[stem]) for stem in images]
+    if not pairs:
+        raise UserError(f"{source}: no EBHI-Seg images found; expected {source}/CLASS/image/NAME.png with CLASS one of "
+                        f"{', '.join(GLAND)}")
+    return pairs
+
+
+def key_of(name: str, path: Path) -> str:
+    """PATIENT-REST_CLASS, e.g. GT2001838-1-400-002_high-grade-in."""
+    return f"{path.stem.upper()}_{name.lower().replace(' ', '-')}"
+
+
+def read_label(path: Path, gland: int) -> np.ndarray:
+    """(H, W) uint8 class indices from a grey label of one or three channels."""
+    picture = open_picture(path)
+    if picture.mode not in ("L", "RGB"):
+        raise UserError(f"{path}: a label must be 8-bit grey or RGB, this one has mode {picture.mode}")
+    return np.where(np.asarray(picture.convert("L")) > GLAND_ABOVE, gland, 0).astype(np.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the folder that holds Adenocarcinoma/, Normal/ …")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write, e.g. data/ebhi")
+    args = parser.parse_args()
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; remove it or choose another folder")
+    pairs = find_sources(args.source)
+    partial = args.out.with_name(args.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    layout, pixels = Data(), np.zeros(3, np.int64)
+    for pattern in (layout.images, layout.masks):
+        (partial / pattern).parent.mkdir(parents=True)
+    with Progress("prepare", len(pairs), "tile") as progress:
+        for name, image_path, label_path in pairs:
+            image, mask, key = read_image(image_path), read_label(label_path, GLAND[name]), key_of(name, image_path)
+            if image.shape[:2] != mask.shape:
+                raise UserError(f"{label_path}: the label is {mask.shape}, its image {image.shape[:2]} pixels; they differ")
+            Image.fromarray(image).save(partial / layout.images.format(key=key))
+            Image.fromarray(np.array(layout.greys, np.uint8)[mask]).save(partial / layout.masks.format(key=key))
+            pixels += np.bincount(mask.ravel(), minlength=3)
+            progress.advance()
+    partial.replace(args.out)
+    patients = len({key_of(name, path).partition("-")[0] for name, path, _ in pairs})
+    print(table(["tiles", "patients", *layout.classes],
+                [[str(len(pairs)), str(patients), *(f"{share:.1%}" for share in pixels / pixels.sum())]]))
+    elsewhere = "" if args.out == Path("data/ebhi") else f" data.root={args.out}"
+    print(f"\nwrote {args.out}/frames and {args.out}/masks\n"
+          f"next:  python data_filter.py --config configs/ebhi.yaml{elsewhere}")
+
+
+if __name__ == "__main__":
+    run(main)

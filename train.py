@@ -1,0 +1,264 @@
+"""Train a U-Net by k-fold-per-epoch cross validation (report, section 5).
+
+    python train.py --config configs/dice_ce.yaml
+    python train.py --config configs/dice_ce.yaml name=lr3 optim.lr=1e-3 data.root=data/demo
+    python train.py --resume runs/dice_ce
+
+One epoch: draw train.images_per_epoch tiles and cut them into k folds. From the same start, train k models, each on
+k - 1 folds, and validate each on its own fold. The one with the lowest validation loss survives: its weights and Adam
+state start the next epoch. Its losses' moving averages drive the learning rate. A resumed run equals an uninterrupted
+one bit for bit (same machine, same number of threads), for all randomness is a function of (seed, epoch, fold, tile).
+"""
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+import figures
+import runs
+from config import Config, apply_overrides, load_config
+from console import Progress, UserError, run
+from dataset import (
+    SPLITS,
+    TILE_LIST,
+    Crops,
+    Statistics,
+    draw_folds,
+    measure,
+    normalise,
+    open_store,
+    read_tiles,
+    torch_seed,
+    training_crops,
+    validation_crops,
+)
+from hardware import autocast, choose_device, choose_precision, peak_memory_mb
+from losses import make_loss
+from unet import UNet
+
+RESUME_MAY_CHANGE = ("device", "data.root", "train.epochs", "train.early_stop")
+SECONDS_BETWEEN_FIGURES = 60
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The packed tiles, which of them train, and what is known of those."""
+
+    store: np.ndarray  # (N, H, W, 4) uint8
+    rows: np.ndarray  # (training tiles,) rows of the store
+    groups: list[str]  # one for each of `rows`
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What training changes, and how it computes."""
+
+    model: UNet
+    optimizer: torch.optim.Optimizer
+    scheduler: ReduceLROnPlateau
+    loss: Callable[[Tensor, Tensor], Tensor]
+    device: torch.device
+    precision: torch.dtype
+
+    def snapshot(self) -> tuple[dict, dict]:
+        """Copies of weights and Adam state; the state dicts themselves are live views."""
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+
+    def restore(self, snapshot: tuple[dict, dict]) -> None:
+        model, optimizer = snapshot
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(copy.deepcopy(optimizer))  # it keeps the tensors that it is given
+
+
+def prepare_data(config: Config) -> TrainingSet:
+    """Read the cleaned list, pack its tiles where needed, measure the training split."""
+    root = Path(config.data.root)
+    tiles = [tile for tile in read_tiles(root) if tile.split in SPLITS]
+    rows = np.array([i for i, tile in enumerate(tiles) if tile.split == "train"])
+    if not len(rows):
+        raise UserError(f"{root / TILE_LIST}: no tile has split = train; run data_filter.py again or mend the list")
+    groups = [tiles[i].group for i in rows]
+    draw_folds(groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch=1)  # complains early
+    store = open_store(root, tiles, config.data.greys)
+    height, width = store.shape[1:3]
+    if config.data.crop > min(height, width):
+        multiple = config.model.multiple
+        raise UserError(f"data.crop ({config.data.crop}) does not fit the tiles of {root}, {height} x {width} pixels: "
+                        f"set data.crop={min(height, width) // multiple * multiple} or a smaller multiple of "
+                        f"{multiple}")
+    return TrainingSet(store, rows, groups, measure(store, rows, len(config.data.classes)))
+
+
+def build_learner(config: Config, statistics: Statistics) -> Learner:
+    """The network with its first weights, Adam, scheduler and loss of a config."""
+    device = choose_device(config.device)
+    torch.backends.cudnn.deterministic = True
+    torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
+    model = runs.build_model(config).to(device, memory_format=torch.channels_last)
+    optim = config.optim
+    optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay,
+                                 fused=device.type in ("cpu", "cuda"))
+    # a relative threshold takes the worsening of a negative loss for progress, and the Dice losses are negative
+    scheduler = ReduceLROnPlateau(optimizer, factor=optim.factor, patience=optim.patience, min_lr=optim.min_lr,
+                                  threshold_mode="abs")
+    try:
+        loss = make_loss(config.loss.name, torch.tensor(statistics.frequencies))
+    except ValueError as error:
+        raise UserError(f"loss.name=wce: {error} (classes {', '.join(config.data.classes)})") from None
+    return Learner(model, optimizer, scheduler, loss, device, choose_precision(config.train.precision, device))
+
+
+def pass_over(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int, training: bool,
+              progress: Progress) -> float:
+    """One pass over `crops`, with weight updates if `training`; the mean loss over its images."""
+    learner.model.train(training)
+    total = torch.zeros((), device=learner.device)
+    with torch.set_grad_enabled(training):
+        for batch in crops.batches(data.store, batch_size):                          # (B, size, size, 4) uint8
+            batch = batch.to(learner.device)
+            with autocast(learner.device, learner.precision):
+                logits = learner.model(normalise(batch[..., :3], data.statistics))   # (B, K, size, size)
+            loss = learner.loss(logits, batch[..., 3].long())
+            if training:
+                learner.optimizer.zero_grad()
+                loss.backward()
+                learner.optimizer.step()
+            total += loss.detach() * len(batch)
+            progress.advance(note=f"loss {loss.item():.4f}")
+    return total.item() / len(crops)
+
+
+def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -> dict:
+    """Train and validate the k models of an epoch; keep the survivor, return its and all folds' losses."""
+    train, keys = config.train, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
+    folds = [data.rows[fold] for fold in
+             draw_folds(data.groups, train.folds, train.images_per_epoch, config.seed, epoch)]
+    start, best, survivor, val_losses = learner.snapshot(), math.inf, None, []
+    with Progress("", train.folds * train.images_per_epoch, "image") as progress:
+        for fold in range(train.folds):
+            progress.title = f"epoch {epoch}/{train.epochs} fold {fold + 1}/{train.folds}"
+            learner.restore(start)
+            torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
+            train_loss = pass_over(learner, data, training_crops(folds, fold, *keys), train.batch_size, True, progress)
+            val_loss = pass_over(learner, data, validation_crops(folds, fold, *keys), train.batch_size, False, progress)
+            val_losses.append(val_loss)
+            if val_loss < best:  # false for NaN, which argmin would keep
+                best = val_loss
+                survivor = {"survivor": fold, "train_loss": train_loss, "val_loss": val_loss}, learner.snapshot()
+    if survivor is None:
+        raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}); the checkpoints of the "
+                        "epoch before are kept. Lower optim.lr, or set train.precision=float32")
+    row, snapshot = survivor
+    learner.restore(snapshot)
+    return row | {f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}
+
+
+def moving_average(previous: float | None, value: float, alpha: float) -> float:
+    """Equation 1."""
+    return value if previous is None else (1 - alpha) * value + alpha * previous
+
+
+def ending(history: list[dict], config: Config) -> str:
+    """Why training is over, or "" while it is not."""
+    if len(history) >= config.train.epochs:
+        return f"all {config.train.epochs} epochs (train.epochs) are done"
+    best = min(history, key=lambda row: row["val_loss"], default={"epoch": 0})
+    if len(history) - best["epoch"] >= config.train.early_stop:
+        return f"stopped early: no lower validation loss for {config.train.early_stop} epochs (train.early_stop)"
+    return ""
+
+
+def next_row(learner: Learner, data: TrainingSet, config: Config, history: list[dict]) -> dict:
+    """Run the next epoch and step the scheduler; a row of metrics.csv."""
+    started, epoch, lr = time.monotonic(), len(history) + 1, learner.optimizer.param_groups[0]["lr"]
+    row = {"epoch": epoch, **run_epoch(learner, data, config, epoch)}
+    for name in ("train", "val"):
+        previous = history[-1][f"{name}_ema"] if history else None
+        row[f"{name}_ema"] = moving_average(previous, row[f"{name}_loss"], config.optim.ema)
+    learner.scheduler.step(row["train_ema"])
+    seconds = time.monotonic() - started
+    return row | {"lr": lr, "seconds": round(seconds, 3),
+                  "images_per_second": round(config.train.folds * config.train.images_per_epoch / seconds, 1),
+                  "peak_memory_mb": round(peak_memory_mb(learner.device))}
+
+
+def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, history: list[dict]) -> None:
+    """Run epochs until one of the endings; after each, everything that `--resume` needs is on disk."""
+    sha, drawn = runs.tiles_sha256(config), time.monotonic()
+    while not ending(history, config):
+        row = next_row(learner, data, config, history)
+        is_best = row["val_loss"] < min((before["val_loss"] for before in history), default=math.inf)
+        history.append(row)
+        # best.pt comes first: a run killed between the two repeats the epoch and writes the same again
+        for name in ("best", "last") if is_best else ("last",):
+            runs.save_checkpoint(folder / "checkpoints" / f"{name}.pt", config=config, statistics=data.statistics,
+                                 history=history, tiles_sha256=sha, model=learner.model.state_dict(),
+                                 optimizer=learner.optimizer.state_dict(), scheduler=learner.scheduler.state_dict())
+        runs.write_metrics(folder / "metrics.csv", history)
+        if time.monotonic() - drawn > SECONDS_BETWEEN_FIGURES:
+            figures.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
+            drawn = time.monotonic()
+        print(f"epoch {row['epoch']}/{config.train.epochs}  train {row['train_loss']:.4f} (EMA {row['train_ema']:.4f})"
+              f"  validation {row['val_loss']:.4f} (EMA {row['val_ema']:.4f})  fold {row['survivor'] + 1} survives"
+              f"  lr {row['lr']:.1e}  {row['seconds']:.1f} s{'  best' if is_best else ''}", flush=True)
+    figures.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
+    print(f"\n{ending(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv and figures/losses.png\n"
+          f"next:  python evaluate.py {folder}")
+
+
+def start(config: Config) -> None:
+    """Begin a run in a folder of its own; nothing is written there before its data is known to be good."""
+    folder = runs.run_folder(config)
+    runs.refuse_existing(folder)
+    data = prepare_data(config)
+    learner = build_learner(config, data.statistics)
+    runs.create_run(folder, config, learner.device, learner.precision)
+    with runs.locked(folder):
+        train(learner, data, config, folder, [])
+
+
+def resume(folder: Path, overrides: list[str]) -> None:
+    """Go on after the last finished epoch, as if there had been no break."""
+    with runs.locked(folder):
+        path = folder / "checkpoints" / "last.pt"
+        checkpoint = runs.load_checkpoint(path) if path.exists() else None
+        trained = checkpoint.config if checkpoint else load_config(folder / "config.yaml")
+        config = apply_overrides(trained, overrides, allowed=RESUME_MAY_CHANGE)
+        data = prepare_data(config)
+        learner = build_learner(config, data.statistics)
+        if checkpoint:
+            if (runs.tiles_sha256(config), data.statistics) != (checkpoint.tiles_sha256, checkpoint.statistics):
+                raise UserError(f"{config.data.root}: the tiles or their list changed since this run began, so it "
+                                "cannot be continued; restore them, or start a new run with name=NAME")
+            runs.load_weights(learner.model, checkpoint)
+            learner.optimizer.load_state_dict(checkpoint.optimizer)
+            learner.scheduler.load_state_dict(checkpoint.scheduler)
+        runs.write_text(folder / "config.yaml", config.to_yaml())
+        train(learner, data, config, folder, checkpoint.history if checkpoint else [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", metavar="FILE", help="start a run of this experiment, e.g. configs/dice_ce.yaml")
+    source.add_argument("--resume", metavar="RUN", type=Path, help="continue this run, e.g. runs/dice_ce")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    args = parser.parse_intermixed_args()
+    if args.resume:
+        resume(args.resume, args.overrides)
+    else:
+        start(load_config(args.config, args.overrides))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,64 @@
+"""The U-Net of the report's section 4.2: Ronneberger et al. 2015 with padding, batch norm, LeakyReLU and dropout.
+
+    level   resolution of one step of the U; its width is the number of its channels
+    block   3x3 convolution, dropout, batch norm, LeakyReLU, twice
+    skip    the encoder's features of a level, concatenated to the decoder's of the same level
+    head    the 1x1 convolution to one logit a class
+
+Shapes here and everywhere: B batch, K classes, C channels, H W pixels, N tiles.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+def block(in_channels: int, out_channels: int, dropout: float) -> nn.Sequential:
+    """Two padded 3x3 convolutions, each with its own dropout, batch norm and LeakyReLU; H and W stay."""
+    layers = []
+    for channels in (in_channels, out_channels):
+        layers += [
+            nn.Conv2d(channels, out_channels, kernel_size=3, padding=1),
+            nn.Dropout2d(dropout) if dropout else nn.Identity(),
+            nn.BatchNorm2d(out_channels),
+            nn.LeakyReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """A U-Net with one level for each of `widths`; the last one is the bottleneck.
+
+    The defaults are the report's large network (7,766,051 parameters); its small one is
+    `UNet(widths=(32, 64, 128, 256), dropout=0)` (1,928,483 parameters).
+    """
+
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 256, 512), dropout: float = 0.5,
+                 classes: int = 3, in_channels: int = 3):
+        super().__init__()
+        self.multiple = 2 ** (len(widths) - 1)
+        inputs = [in_channels, *widths[:-1]]
+        self.encoder = nn.ModuleList(block(a, b, dropout) for a, b in zip(inputs, widths, strict=True))
+        self.pool = nn.MaxPool2d(2)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
+        self.decoder = nn.ModuleList(block(2 * width, width, dropout) for width in widths[:-1])
+        self.head = nn.Conv2d(widths[0], classes, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to logits (B, K, H, W).
+
+        Raises `ValueError` where H or W is not a multiple of `self.multiple`: every level but the first halves them.
+        """
+        if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
+            raise ValueError(f"this U-Net has {len(self.encoder)} levels and takes heights and widths that are "
+                             f"multiples of {self.multiple}; it was given {x.shape[-2]} x {x.shape[-1]}")
+        x = self.encoder[0](x)                                                       # (B, widths[0], H, W)
+        skips = []
+        for encode in self.encoder[1:]:
+            skips.append(x)
+            x = encode(self.pool(x))                                                 # (B, widths[l], H/2^l, W/2^l)
+        for up, decode in zip(reversed(self.up), reversed(self.decoder), strict=True):
+            x = decode(torch.cat([skips.pop(), up(x)], dim=1))                       # (B, widths[l], H/2^l, W/2^l)
+        return self.head(x)                                                          # (B, K, H, W)
