@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torchvision.utils import draw_segmentation_masks
 
 from dataset import replacing
 
@@ -24,11 +26,7 @@ FOLD, TRAIN, VALIDATION = "#999999", "#0072b2", "#d55e00"
 def class_colours(classes: int) -> np.ndarray:
     """(K, 3) uint8; beyond eight classes the colours repeat, without the background's."""
     names = [PALETTE[k] if k < len(PALETTE) else PALETTE[1 + (k - 1) % (len(PALETTE) - 1)] for k in range(classes)]
-    return np.array([_rgb(name) for name in names])
-
-
-def _rgb(name: str) -> np.ndarray:
-    return np.round(np.array(matplotlib.colors.to_rgb(name)) * 255).astype(np.uint8)
+    return np.array([np.round(np.array(to_rgb(name)) * 255) for name in names], np.uint8)
 
 
 def colour_mask(mask: np.ndarray, classes: int) -> np.ndarray:
@@ -38,9 +36,10 @@ def colour_mask(mask: np.ndarray, classes: int) -> np.ndarray:
 
 def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """The image (H, W, 3) in pale grey with every wrong pixel in one strong colour, uint8."""
-    grey = 128 + image.mean(-1, keepdims=True) / 2
-    wrong = (target != prediction)[..., None]
-    return np.where(wrong, _rgb(ERROR), grey).astype(np.uint8)
+    grey = (128 + image.mean(-1) / 2).astype(np.uint8)
+    pale = torch.from_numpy(np.stack([grey] * 3))                                    # (3, H, W)
+    wrong = torch.from_numpy(target != prediction)                                   # (H, W)
+    return draw_segmentation_masks(pale, wrong, alpha=1.0, colors=ERROR).movedim(0, -1).numpy()
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -58,7 +57,8 @@ def losses(history: Sequence[dict], folds: int, title: str) -> Figure:
                   label="validation, each fold" if fold == 0 else None)
     for name, colour, label in (("train", TRAIN, "training"), ("val", VALIDATION, "validation of the survivor")):
         axes.plot(epochs, [row[f"{name}_loss"] for row in history], color=colour, alpha=0.35, linewidth=1)
-        axes.plot(epochs, [row[f"{name}_ema"] for row in history], color=colour, linewidth=2, label=f"{label}, EMA")
+        axes.plot(epochs, [row[f"{name}_ema"] for row in history], color=colour, linewidth=2,
+                  label=f"{label}: EMA (thin: raw)")
     cuts = [row["epoch"] for row, after in pairwise(history) if after["lr"] < row["lr"]]
     for i, epoch in enumerate(cuts):
         axes.axvline(epoch + 0.5, color="black", linestyle=":", linewidth=1,
@@ -76,15 +76,15 @@ def losses(history: Sequence[dict], folds: int, title: str) -> Figure:
 def predictions(rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Figure:
     """image | truth | prediction | errors for each (caption, image (H, W, 3), target (H, W), prediction (H, W))."""
     titles = ("image", "truth", "prediction", "errors")
-    figure = Figure(figsize=(4 * 2.6, len(rows) * 2.85 + 0.5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4 * 2.6, len(rows) * 2.6 + 0.7), dpi=130, layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False)
-    for axes, (caption, image, target, prediction) in zip(grid, rows, strict=True):
+    for number, (axes, (caption, image, target, prediction)) in enumerate(zip(grid, rows, strict=True)):
         panels = (image, colour_mask(target, len(classes)), colour_mask(prediction, len(classes)),
                   error_map(image, target, prediction))
         for axis, title, panel in zip(axes, titles, panels, strict=True):
             axis.imshow(panel, interpolation="nearest" if title in titles[1:3] else "antialiased")
             axis.set(xticks=[], yticks=[])
-            if axes is grid[0]:
+            if number == 0:
                 axis.set_title(title, fontsize=11)
         axes[0].set_ylabel(caption, fontsize=8)
     colours = class_colours(len(classes)) / 255

@@ -1,0 +1,78 @@
+"""Options and small data that several tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent
+GREYS = np.array([26, 51, 77], np.uint8)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--real-data", default=os.environ.get("CRC_REAL_DATA"), metavar="DIR",
+                     help="folder with ebhi/ and report_tiles/ (default: CRC_REAL_DATA); without it those tests skip")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def real_data(pytestconfig) -> Path:
+    folder = pytestconfig.getoption("--real-data")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("no real tissue: give --real-data DIR or CRC_REAL_DATA")
+    return Path(folder).resolve()
+
+
+def script(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
+    """Run a script or `-m tools.x` of this repository as a user does."""
+    name, *rest = map(str, arguments)
+    command = ["-m", name] if name.startswith("tools.") else [str(REPOSITORY / name)]
+    return subprocess.run([sys.executable, *command, *rest], cwd=cwd, capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment)
+
+
+def write_pairs(root: Path, count: int, size: tuple[int, int] = (48, 40), seed: int = 0, slides: int = 0) -> list[str]:
+    """Random tiles in the raw layout that pass the filter; keys are 0, 1, ... or s0-0, s1-1, ... with slides."""
+    random = np.random.default_rng(seed)
+    keys = [f"s{i % slides}-{i}" if slides else str(i) for i in range(count)]
+    for folder in ("frames", "masks"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        labels = random.integers(0, 3, size)
+        image = random.integers(60, 160, (*size, 3)).astype(np.uint8)
+        Image.fromarray(image).save(root / f"frames/frame#{key}.png")
+        Image.fromarray(GREYS[labels]).save(root / f"masks/mask#{key}.png")
+    return keys
+
+
+@pytest.fixture
+def tiles_root(tmp_path) -> Path:
+    """12 tiles of 48 x 40 pixels on 6 slides, not filtered yet."""
+    write_pairs(tmp_path / "tiles", 12, slides=6)
+    return tmp_path / "tiles"
+
+
+TINY = ["data.group=^(s\\d+)", "data.crop=16", "model.widths=[4,8]", "train.epochs=3", "train.folds=2",
+        "train.images_per_epoch=12", "train.batch_size=4", "train.precision=float32", "device=cpu"]
+
+
+@pytest.fixture
+def tiny(tiles_root):
+    """A config that trains in a second on `tiles_root`, whose list is written."""
+    import config
+    import data_filter
+    from dataset import TILE_LIST, write_tiles
+
+    settings = config.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={tiles_root}"])
+    write_tiles(tiles_root / TILE_LIST, data_filter.filter_tiles(settings)[0])
+    return settings

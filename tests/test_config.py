@@ -1,0 +1,103 @@
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from config import Config, apply_overrides, from_dict, load_config, to_dict
+from console import UserError
+from losses import LOSSES
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_reports_section_5_2():
+    config = Config()
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.factor) == (5e-4, 3e-5, 0.2)
+    assert (config.optim.patience, config.optim.min_lr, config.optim.ema) == (5, 1e-6, 0.9)
+    assert (config.train.epochs, config.train.folds, config.train.images_per_epoch) == (250, 5, 4000)
+    assert (config.train.batch_size, config.data.crop, config.data.test_fraction) == (16, 256, 0.2)
+    assert (config.filter.min_foreground, config.filter.sigma) == (0.01, 10)
+    assert (config.filter.blank_intensity, config.filter.max_blank) == (40, 0.075)
+
+
+def test_yaml_and_back_is_the_identity(tmp_path):
+    config = apply_overrides(Config(name="x"), ["optim.lr=1e-5", "data.group=^(s\\d+)", "model.widths=[8, 16]",
+                                                "data.images={key}.png", "loss.name=ce"])
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))), "test") == config
+    assert config.data.images == "{key}.png" and config.optim.lr == 1e-5
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_is_named_as_its_file(path):
+    assert load_config(path).name == path.stem
+    assert path.read_text().startswith("#"), "a comment states command, table row and time"
+
+
+def test_there_is_a_config_for_each_loss_and_network_of_the_report():
+    experiments = {path.stem: load_config(path) for path in CONFIGS}
+    assert {experiments[name].loss.name for name in LOSSES} == set(LOSSES)
+    assert experiments["small_dice_ce"].model.widths == (32, 64, 128, 256)
+    assert experiments["small_dice_ce"].model.dropout == 0
+
+
+def test_a_number_in_exponent_form_is_a_number(tmp_path):
+    assert load_config(write(tmp_path, "optim: {lr: 5e-4}")).optim.lr == 5e-4
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("optim: {Ir: 0.1}", "unknown key 'optim.Ir'; did you mean 'optim.lr'"),
+    ("epochs: 3", "did you mean 'train.epochs'"),
+    ("seed: 1\nseed: 2", "line 2: key 'seed' stands twice"),
+    ("optim:\n  lr: 1\n  lr: 2", "line 3: key 'lr' stands twice"),
+    ("seed: 1.5", "seed must be a whole number; it is 1.5"),
+    ("seed: yes", "seed must be a whole number; it is True"),
+    ("optim: {lr: fast}", "optim.lr must be a number; it is 'fast'"),
+    ("optim: {lr: .nan}", "optim.lr must be a number"),
+    ("data: {root: no}", "data.root must be text"),
+    ("model: {widths: 32}", "model.widths must be a list"),
+    ("model: 3", "'model' is a section"),
+    ("loss: {name: dice-ce}", "did you mean 'dice_ce'"),
+    ("train: {images_per_epoch: 11}", "multiple of train.folds"),
+    ("data: {crop: 250}", "must be a multiple of 16"),
+    ("data: {greys: [26, 51]}", "one value for each of the 3 classes"),
+    ("data: {images: frames/x.png}", "exactly once"),
+    ("data: {group: '('}", "not a regular expression"),
+    ("name: ../up", "name must be"),
+    ("- a", "expected 'key: value' lines"),
+    ("a: [", "not valid YAML"),
+])
+def test_what_it_does_not_know_is_refused_with_file_and_key(tmp_path, text, expected):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert expected in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("optim.Ir=1", "did you mean 'optim.lr'"),
+    ("nonsense", "neither an option nor an override"),
+    ("model.widths=[1", "cannot read the value"),
+    ("train.epochs=many", "train.epochs must be a whole number"),
+])
+def test_bad_overrides_are_refused(override, expected):
+    with pytest.raises(UserError, match=expected.replace("[", "\\[")):
+        apply_overrides(Config(), [override])
+
+
+def test_only_allowed_keys_change_where_some_are_named():
+    assert apply_overrides(Config(), ["device=cpu"], allowed=("device",)).device == "cpu"
+    with pytest.raises(UserError, match="optim.lr belongs to what was trained"):
+        apply_overrides(Config(), ["optim.lr=1"], allowed=("device",))
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    write(tmp_path, "seed: 1")
+    with pytest.raises(UserError, match="experiment.yaml"):
+        load_config(tmp_path / "other.yaml")

@@ -1,0 +1,106 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from monai.losses import DiceLoss
+
+from losses import LOSSES, class_weights, cross_entropy, make_loss, soft_dice
+
+SHAPE = (2, 3, 5, 4)
+
+
+def sample(seed=0, target=None):
+    random = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(SHAPE, generator=random)
+    return logits, torch.randint(0, 3, (2, 5, 4), generator=random) if target is None else target
+
+
+def naive(name, logits, target, weights=(1, 1, 1)):
+    """Equations 2, 3, 6, 7 and 12 with their signs mended, as loops over tiles, pixels and classes in float64."""
+    logits, target = logits.double().numpy(), target.numpy()
+    ce = score = 0.0
+    for b in range(SHAPE[0]):
+        overlap, truth, predicted = np.zeros(3), np.zeros(3), np.zeros(3)
+        for i in range(SHAPE[2]):
+            for j in range(SHAPE[3]):
+                e = np.exp(logits[b, :, i, j] - logits[b, :, i, j].max())
+                p = e / e.sum()
+                c = target[b, i, j]
+                ce -= weights[c] * np.log(p[c]) / (SHAPE[0] * SHAPE[2] * SHAPE[3])
+                overlap[c] += p[c]
+                truth[c] += 1
+                predicted += p
+        score += np.mean(2 * overlap / (truth + predicted)) / SHAPE[0]
+    return {"ce": ce, "wce": ce, "dice": -score, "dice_ce": ce - score, "log_dice_ce": ce - np.log(score)}[name]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_equal_the_naive_loop(name, seed):
+    logits, target = sample(seed)
+    frequencies = torch.tensor([0.525, 0.275, 0.2])
+    weights = class_weights(frequencies).tolist() if name == "wce" else (1, 1, 1)
+    assert make_loss(name, frequencies)(logits, target).item() == pytest.approx(
+        naive(name, logits, target, weights), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_equal_finite_differences(name):
+    logits, target = sample(4, target=torch.randint(0, 2, (2, 5, 4)))  # class 2 is absent
+    frequencies = torch.tensor([0.5, 0.3, 0.2])
+    weights = class_weights(frequencies).tolist() if name == "wce" else (1, 1, 1)
+    logits.requires_grad_()
+    make_loss(name, frequencies)(logits, target).backward()
+    for index in [(0, 0, 0, 0), (0, 1, 2, 3), (1, 2, 4, 1), (1, 0, 3, 3)]:
+        step = torch.zeros(SHAPE, dtype=torch.float64)
+        step[index] = 1e-5
+        up, down = (naive(name, logits.detach().double() + s * step, target, weights) for s in (1, -1))
+        assert logits.grad[index].item() == pytest.approx((up - down) / 2e-5, rel=1e-3, abs=1e-6)
+
+
+def test_soft_dice_equals_monai():
+    logits, target = sample(7)
+    one_hot = torch.nn.functional.one_hot(target, 3).movedim(-1, 1)
+    theirs = DiceLoss(softmax=True, smooth_nr=0, smooth_dr=1e-6, reduction="none")(logits, one_hot)
+    assert torch.allclose(soft_dice(logits, target), (1 - theirs).mean((1, 2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("scale", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_on_single_class_tiles_and_saturated_logits(name, scale, dtype):
+    """Equation 6 as printed is 0/0 here."""
+    target = torch.zeros(2, 5, 4, dtype=torch.int64)
+    logits = torch.zeros(SHAPE, dtype=dtype)
+    logits[:, 0] = scale
+    logits.requires_grad_()
+    loss = make_loss(name, torch.tensor([0.5, 0.3, 0.2]))(logits, target)
+    loss.backward()
+    assert loss.dtype == torch.float32 and math.isfinite(loss.item()) and torch.isfinite(logits.grad).all()
+
+
+def test_a_perfect_prediction_shows_the_known_defect_of_soft_dice():
+    for present, expected in ((3, 1.0), (2, 2 / 3), (1, 1 / 3)):
+        target = torch.arange(20).reshape(1, 5, 4) % present
+        logits = 100.0 * torch.nn.functional.one_hot(target, 3).movedim(-1, 1)
+        assert soft_dice(logits, target).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_weights_scale_the_loss_unlike_torchs_own():
+    logits, target = sample()
+    weights = torch.tensor([0.2, 0.3, 0.5])
+    assert cross_entropy(logits, target, 2 * weights).item() == pytest.approx(
+        2 * cross_entropy(logits, target, weights).item())
+
+
+def test_log_dice_falls_when_overlap_rises():
+    _, target = sample()
+    one_hot = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float()
+    losses = [LOSSES["log_dice_ce"](scale * one_hot, target).item() for scale in (0, 1, 3, 10)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_class_weights_need_every_class():
+    with pytest.raises(ValueError, match="every class"):
+        class_weights(torch.tensor([0.6, 0.4, 0.0]))

@@ -1,0 +1,72 @@
+"""The report's printed numbers, and its published tiles, predictions and loss curves where they are at hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metrics
+from config import Config, Data
+from data_filter import filter_tiles
+from dataset import draw_folds, training_crops, validation_crops
+from losses import class_weights
+from train import moving_average
+
+GREYS = (26, 51, 77)
+
+
+def test_equation_4_gives_the_printed_weights():
+    weights = class_weights(torch.tensor([0.525, 0.275, 0.200]))
+    assert [round(w, 3) for w in weights.tolist()] == [0.181, 0.345, 0.474]
+    assert weights.sum().item() == pytest.approx(1)
+
+
+def test_an_epoch_is_250_batches_and_training_at_most_50_000_updates():
+    train = Config().train
+    folds = draw_folds([""] * 8827, train.folds, train.images_per_epoch, seed=0, epoch=1)
+    assert len(set(np.concatenate(folds))) == 4000
+    for fold in range(train.folds):
+        updates = math.ceil(len(training_crops(folds, fold, (500, 500), 256, 0, 1)) / train.batch_size)
+        validations = math.ceil(len(validation_crops(folds, fold, (500, 500), 256, 0, 1)) / train.batch_size)
+        assert (updates, validations) == (200, 50)
+    assert updates * train.epochs == 50_000
+
+
+CURVES = {"ce": (66,), "wce": (), "dice": (), "dice_ce": ()}
+
+
+@pytest.mark.parametrize("name", [*(f"large_drop_batch_{n}" for n in CURVES), "small_dice_ce"])
+def test_equation_1_gives_the_published_moving_averages(real_data, name):
+    """The CE run was resumed at epoch 66 without its EMA, which starts again there."""
+    curves = torch.load(real_data / f"report_tiles/loss_curves/model_{name}.pt", weights_only=True).double().numpy()
+    curves = curves[: int(np.flatnonzero(curves.any(1)).max()) + 1]
+    restarts = {0, *(epoch - 1 for epoch in CURVES.get(name.removeprefix("large_drop_batch_"), ()))}
+    assert len(curves) >= 60
+    for loss, average in ((0, 2), (1, 3)):
+        ema = None
+        for epoch, row in enumerate(curves):
+            ema = moving_average(None if epoch in restarts else ema, row[loss], Config().optim.ema)
+            assert ema == pytest.approx(row[average], abs=1e-5), f"epoch {epoch + 1}"
+
+
+def test_the_reports_test_tiles_pass_the_filter(real_data):
+    tiles, _ = filter_tiles(Config(data=Data(root=str(real_data / "report_tiles"), test_fraction=0.4)))
+    assert {tile.key: tile.split in ("train", "test") for tile in tiles} == {"26": True, "139": True, "1058": True}
+
+
+def read(path):
+    return np.searchsorted(GREYS, np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize(("model", "accuracy", "dice"), [
+    ("ce", 0.6241, 0.514), ("wce", 0.6283, 0.572), ("dice", 0.6138, 0.571), ("dice_ce", 0.5152, 0.486)])
+def test_figure_9_scores(real_data, model, accuracy, dice):
+    """Printed accuracies, and hard Dice, on the pixels whose truth was recovered exactly."""
+    folder = real_data / "report_tiles"
+    known = np.asarray(Image.open(folder / "known/known_pixels.png")) == 255
+    target, prediction = read(folder / "masks/mask#26.png"), read(folder / f"pred/{model}_mask#26.png")
+    counts = metrics.confusion(prediction[known], target[known], 3)
+    assert float(metrics.pixel_accuracy(counts)) == pytest.approx(accuracy, abs=1e-3)
+    assert metrics.dice(counts).mean() == pytest.approx(dice, abs=1e-3)

@@ -1,0 +1,91 @@
+"""Every script as its user runs it: a process of its own, in a folder of its own."""
+
+import json
+import shutil
+
+import pytest
+from conftest import REPOSITORY, TINY, script
+
+SMALL = ["model.widths=[4,8]", "data.crop=64", "train.epochs=2", "train.folds=2", "train.images_per_epoch=16",
+         "train.batch_size=4", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Demo tiles, filtered."""
+    folder = tmp_path_factory.mktemp("demo")
+    made = script("tools.make_demo_data", "data/demo", "--tiles", 24, "--slides", 6, "--size", 128, cwd=folder)
+    assert made.returncode == 0, made.stderr
+    assert "python data_filter.py --config configs/demo.yaml" in made.stdout
+    shutil.copytree(REPOSITORY / "configs", folder / "configs")
+    return folder
+
+
+def test_from_tiles_to_scores(demo):
+    filtered = script("data_filter.py", "--config", "configs/demo.yaml", cwd=demo)
+    assert filtered.returncode == 0, filtered.stderr
+    assert "wrote data/demo/tiles.csv" in filtered.stdout
+    assert "next:  python train.py --config configs/demo.yaml" in filtered.stdout
+    trained = script("train.py", "--config", "configs/demo.yaml", *SMALL, cwd=demo)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("epoch ") == 2 and "next:  python evaluate.py runs/demo" in trained.stdout
+    evaluated = script("evaluate.py", "runs/demo", cwd=demo)
+    assert evaluated.returncode == 0, evaluated.stderr
+    scores = json.loads((demo / "runs/demo/evaluation/scores.json").read_text())
+    assert {"tiles", "soft_dice", "pixel_accuracy", "dice", "iou"} <= scores.keys() and scores["tiles"] > 0
+    resumed = script("train.py", "--resume", "runs/demo", "train.epochs=3", cwd=demo)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "epoch 3/3" in resumed.stdout and "epoch 2/3" not in resumed.stdout
+
+
+@pytest.mark.parametrize("name", ["ce", "wce", "dice", "dice_ce", "log_dice_ce", "small_dice_ce"])
+def test_any_config_runs_on_any_prepared_root(demo, name):
+    if not (demo / "data/demo/tiles.csv").exists():
+        assert script("data_filter.py", "--config", "configs/demo.yaml", cwd=demo).returncode == 0
+    trained = script("train.py", "--config", f"configs/{name}.yaml", "data.root=data/demo", *SMALL, cwd=demo)
+    assert trained.returncode == 0, trained.stderr
+    assert (demo / f"runs/{name}/checkpoints/best.pt").exists()
+
+
+def test_without_a_terminal_there_are_plain_lines(demo):
+    out = script("data_filter.py", "--config", "configs/demo.yaml", cwd=demo)
+    assert "\r" not in out.stderr + out.stdout
+
+
+@pytest.mark.parametrize(("command", "expected"), [
+    (["train.py", "--config", "configs/dice_ce.yaml"], "make_demo_data"),
+    (["data_filter.py", "--config", "configs/dice_ce.yaml"], "make_demo_data"),
+    (["train.py", "--config", "configs/none.yaml"], "no such config file"),
+    (["train.py", "--config", "configs/demo.yaml", "optim.Ir=1"], "did you mean 'optim.lr'"),
+    (["train.py", "--resume", "runs/none"], "no such run"),
+    (["evaluate.py", "runs/none"], "no such checkpoint"),
+    (["evaluate.py", "data.root=x"], "no run given"),
+    (["tools.prepare_ebhi", "nowhere", "data/ebhi"], "no EBHI-Seg images found"),
+    (["tools.make_demo_data", "configs"], "not an empty folder"),
+])
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(demo, command, expected):
+    out = script(*command, cwd=demo)
+    assert out.returncode == 2 and expected in out.stderr
+    assert len(out.stderr.strip().splitlines()) <= 2 and "Traceback" not in out.stderr
+    assert not (demo / "runs/none").exists() and not (demo / "data/ebhi").exists()
+
+
+def test_overrides_may_stand_anywhere(tiles_root, tmp_path):
+    (tmp_path / "x.yaml").write_text("name: x\n")
+    out = script("data_filter.py", TINY[0], "--config", "x.yaml", f"data.root={tiles_root}", *TINY[1:], cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert (tiles_root / "tiles.csv").exists()
+
+
+def test_real_biopsies_from_source_to_list(real_data, tmp_path):
+    """430 pairs of 227 patients become tiles of three classes, split by patient."""
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    out = script("tools.prepare_ebhi", real_data / "ebhi", "data/ebhi", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines()[1].split()[:2] == ["430", "227"]
+    out = script("data_filter.py", "--config", "configs/ebhi.yaml", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    rows = [line.split(",") for line in (tmp_path / "data/ebhi/tiles.csv").read_text().splitlines()]
+    group, split = rows[0].index("group"), rows[0].index("split")
+    sides = {name: {row[group] for row in rows[1:] if row[split] == name} for name in ("train", "test")}
+    assert not sides["train"] & sides["test"] and len(sides["train"] | sides["test"]) == 227

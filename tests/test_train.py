@@ -1,0 +1,256 @@
+import csv
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import runs
+import train
+from config import apply_overrides
+from console import UserError
+from dataset import draw_folds
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def state(run, name="last"):
+    """All that a checkpoint holds, but for measured times."""
+    contents = torch.load(run / "checkpoints" / f"{name}.pt", weights_only=True)
+    for row in contents["history"]:
+        for measured in ("seconds", "images_per_second", "peak_memory_mb"):
+            del row[measured]
+    return contents
+
+
+def assert_equal(a, b, path=""):
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def test_a_run_leaves_what_the_readme_says(workplace, tiny, capsys):
+    train.start(tiny)
+    run = workplace / "runs/tiny"
+    assert {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} == {
+        ".lock", "config.yaml", "environment.json", "metrics.csv", "checkpoints/best.pt", "checkpoints/last.pt",
+        "figures/losses.png"}
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "survivor", "train_loss", "val_loss", "val_loss_0", "val_loss_1", "train_ema",
+                             "val_ema", "lr", "seconds", "images_per_second", "peak_memory_mb"]
+    for row in rows:
+        folds = [float(row["val_loss_0"]), float(row["val_loss_1"])]
+        assert float(row["val_loss"]) == min(folds) and int(row["survivor"]) == int(np.argmin(folds))
+    best = min(rows, key=lambda row: float(row["val_loss"]))
+    assert runs.load_checkpoint(run / "checkpoints/best.pt").epoch == int(best["epoch"])
+    assert "next:  python evaluate.py runs/tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(workplace, tiny, stop):
+    tiny = apply_overrides(tiny, ["model.dropout=0.5", "optim.patience=0"])
+    train.start(apply_overrides(tiny, ["name=whole"]))
+    train.start(apply_overrides(tiny, ["name=parts", f"train.epochs={stop}"]))
+    train.resume(workplace / "runs/parts", ["train.epochs=3"])
+    for name in ("last", "best"):
+        whole, parts = (state(workplace / "runs" / run, name) for run in ("whole", "parts"))
+        whole["config"]["name"] = parts["config"]["name"]
+        whole["config"]["train"]["epochs"] = parts["config"]["train"]["epochs"]  # best.pt may be of the first part
+        assert_equal(whole, parts)
+
+
+def test_a_run_killed_inside_an_epoch_goes_on_after_the_last_whole_one(workplace, tiny, monkeypatch):
+    train.start(apply_overrides(tiny, ["name=whole"]))
+    original, calls = runs.save_checkpoint, []
+
+    def killed_between_best_and_last(path, **contents):
+        calls.append(path.name)
+        if len(contents["history"]) == 2 and path.name == "last.pt":
+            raise KeyboardInterrupt
+        original(path, **contents)
+
+    monkeypatch.setattr(runs, "save_checkpoint", killed_between_best_and_last)
+    with pytest.raises(KeyboardInterrupt):
+        train.start(apply_overrides(tiny, ["name=parts"]))
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    train.resume(workplace / "runs/parts", [])
+    whole, parts = (state(workplace / "runs" / run) for run in ("whole", "parts"))
+    whole["config"]["name"] = "parts"
+    assert_equal(whole, parts)
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(workplace, tiny, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *args: None)
+    train.start(tiny)
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    train.resume(workplace / "runs/tiny", [])
+    assert len(state(workplace / "runs/tiny")["history"]) == 3
+
+
+def test_resuming_a_finished_run_changes_nothing(workplace, tiny, capsys):
+    train.start(tiny)
+    before = state(workplace / "runs/tiny")
+    train.resume(workplace / "runs/tiny", [])
+    assert_equal(before, state(workplace / "runs/tiny"))
+    assert "all 3 epochs" in capsys.readouterr().out
+
+
+def test_resume_refuses_what_would_make_another_run(workplace, tiny):
+    train.start(tiny)
+    with pytest.raises(UserError, match="optim.lr belongs to what was trained"):
+        train.resume(workplace / "runs/tiny", ["optim.lr=1"])
+    with pytest.raises(UserError, match="no such run"):
+        train.resume(workplace / "runs/other", [])
+    with (workplace / "tiles/tiles.csv").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="changed since this run began"):
+        train.resume(workplace / "runs/tiny", ["train.epochs=4"])
+
+
+def test_an_existing_run_is_not_overwritten(workplace, tiny):
+    (workplace / "runs/tiny").mkdir(parents=True)
+    with pytest.raises(UserError, match="not overwritten"):
+        train.start(tiny)
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("data.crop=48", "data.crop=40"), ("train.folds=6", "groups cannot fill 6 folds"),
+    ("device=cuda:7", "cannot be used here"), ("device=abacus", "cannot be used here")])
+def test_bad_settings_are_refused_before_a_run_folder_exists(workplace, tiny, override, expected):
+    with pytest.raises(UserError, match=expected):
+        train.start(apply_overrides(tiny, [override]))
+    assert not (workplace / "runs").exists()
+
+
+def test_same_seed_same_run_and_another_seed_another(workplace, tiny):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.start(apply_overrides(tiny, [f"name={name}", f"seed={seed}", "train.epochs=1"]))
+    a, b, c = (state(workplace / "runs" / name)["history"] for name in "abc")
+    assert a == b != c
+
+
+def test_folds_start_from_one_snapshot_and_the_survivor_is_the_lowest_finite(workplace, tiny, monkeypatch):
+    """A stand-in for the passes: fold losses are given, NaN first; weights and Adam state are marked by each fold."""
+    data = train.prepare_data(tiny)
+    learner = train.build_learner(tiny, data.statistics)
+    start, seen = learner.snapshot(), []
+    given = iter([math.nan, 0.25])
+
+    def fake_pass(learner, data, crops, batch_size, training, progress):
+        if not training:
+            return next(given)
+        assert_equal(learner.model.state_dict(), start[0])
+        assert_equal(learner.optimizer.state_dict(), start[1])
+        seen.append(1)
+        with torch.no_grad():
+            for parameter in learner.model.parameters():
+                parameter.fill_(float(len(seen)))
+        return float(len(seen))
+
+    monkeypatch.setattr(train, "pass_over", fake_pass)
+    row = train.run_epoch(learner, data, tiny, epoch=1)
+    assert row["survivor"] == 1 and row["val_loss"] == 0.25 and row["train_loss"] == 2.0
+    assert all((parameter == 2).all() for parameter in learner.model.parameters())
+    given = iter([math.nan, math.nan])
+    learner.restore(start)
+    seen.clear()
+    with pytest.raises(UserError, match="no fold has a finite validation loss"):
+        train.run_epoch(learner, data, tiny, epoch=2)
+
+
+def test_a_snapshot_is_not_changed_by_further_training(workplace, tiny):
+    data = train.prepare_data(tiny)
+    learner = train.build_learner(tiny, data.statistics)
+
+    def step():
+        learner.optimizer.zero_grad()
+        learner.model(torch.randn(2, 3, 16, 16)).sum().backward()
+        learner.optimizer.step()
+
+    step()
+    snapshot = learner.snapshot()
+    copy = torch.tensor([t.double().sum() for t in snapshot[0].values()])
+    learner.restore(snapshot)
+    step()
+    assert torch.equal(copy, torch.tensor([t.double().sum() for t in snapshot[0].values()]))
+    adam = [state["exp_avg"].clone() for state in snapshot[1]["state"].values()]
+    step()
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(adam, snapshot[1]["state"].values(), strict=True))
+
+
+def test_mean_loss_is_over_images_not_batches(workplace, tiny):
+    data = train.prepare_data(tiny)
+    learner = train.build_learner(tiny, data.statistics)
+    folds = [data.rows[fold] for fold in draw_folds(data.groups, 2, 14, 0, 1)]
+    crops = train.validation_crops(folds, 0, data.store.shape[1:3], 16, 0, 1)
+    with train.Progress("", 1) as progress:
+        losses = [train.pass_over(learner, data, crops, size, False, progress) for size in (7, 3, 1)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_learning_rate_is_cut_when_the_ema_worsens_though_the_loss_is_negative(workplace, tiny):
+    """With torch's relative threshold a negative loss may worsen for ever."""
+    learner = train.build_learner(tiny, train.prepare_data(tiny).statistics)
+    for epoch in range(8):
+        learner.scheduler.step(-0.5 + 1e-5 * epoch)
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(tiny.optim.lr * 0.2)
+
+
+def test_early_stop_counts_epochs_since_the_best():
+    from config import Config, Train
+
+    config = Config(train=Train(early_stop=2, epochs=9))
+    history = [{"epoch": e, "val_loss": v} for e, v in enumerate([3.0, 1.0, 2.0, 1.0], start=1)]
+    assert train.ending([], config) == "" and train.ending(history[:3], config) == ""
+    assert "stopped early" in train.ending(history, config)
+    assert "epochs" in train.ending([{"epoch": e, "val_loss": -e} for e in range(1, 10)], config)
+
+
+def test_the_network_learns_a_simple_task(workplace, tiles_root):
+    """Dark, medium and light pixels are the three classes: a pipeline that is wired right learns this in seconds."""
+    from conftest import GREYS, TINY
+    from PIL import Image
+
+    import data_filter
+    from config import Config
+    from dataset import write_tiles
+
+    random = np.random.default_rng(0)
+    for path in (tiles_root / "masks").iterdir():
+        labels = np.repeat(np.repeat(random.integers(0, 3, (12, 10)), 4, 0), 4, 1)
+        Image.fromarray(GREYS[labels]).save(path)
+        image = np.array([60, 120, 180])[labels][..., None] + random.integers(-20, 20, (48, 40, 3))
+        Image.fromarray(image.astype(np.uint8)).save(tiles_root / "frames" / path.name.replace("mask", "frame"))
+    config = apply_overrides(Config(name="simple"), [*TINY, f"data.root={tiles_root}", "optim.lr=0.01",
+                                                     "train.epochs=16", "train.images_per_epoch=40", "loss.name=ce",
+                                                     "model.dropout=0"])
+    write_tiles(tiles_root / "tiles.csv", data_filter.filter_tiles(config)[0])
+    train.start(config)
+    history = runs.load_checkpoint(workplace / "runs/simple/checkpoints/last.pt").history
+    assert history[0]["val_loss"] > 0.5 and history[-1]["val_loss"] < 0.15
+
+
+def test_every_epoch_trains_on_other_tiles_than_it_validates():
+    for epoch in range(5):
+        folds = draw_folds([""] * 40, 5, 20, seed=0, epoch=epoch)
+        for fold in range(5):
+            crops = train.training_crops(folds, fold, (32, 32), 16, 0, epoch)
+            assert not set(crops.rows) & set(folds[fold])
+            assert max(Counter(crops.rows.tolist()).values()) == 1
