@@ -13,7 +13,6 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torchvision.utils import draw_segmentation_masks
 
 from dataset import replacing
 
@@ -36,6 +35,8 @@ def colour_mask(mask: np.ndarray, classes: int) -> np.ndarray:
 
 def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """The image (H, W, 3) in pale grey with every wrong pixel in one strong colour, uint8."""
+    from torchvision.utils import draw_segmentation_masks  # here, since its import takes as long as torch's own
+
     grey = (128 + image.mean(-1) / 2).astype(np.uint8)
     pale = torch.from_numpy(np.stack([grey] * 3))                                    # (3, H, W)
     wrong = torch.from_numpy(target != prediction)                                   # (H, W)

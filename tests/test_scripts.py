@@ -53,7 +53,7 @@ def test_without_a_terminal_there_are_plain_lines(demo):
 
 
 @pytest.mark.parametrize(("command", "expected"), [
-    (["train.py", "--config", "configs/dice_ce.yaml"], "make_demo_data"),
+    (["train.py", "--config", "configs/dice_ce.yaml", "name=none"], "make_demo_data"),
     (["data_filter.py", "--config", "configs/dice_ce.yaml"], "make_demo_data"),
     (["train.py", "--config", "configs/none.yaml"], "no such config file"),
     (["train.py", "--config", "configs/demo.yaml", "optim.Ir=1"], "did you mean 'optim.lr'"),

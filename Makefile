@@ -1,0 +1,43 @@
+# `make demo` and `make test` do everything, set-up included, in an environment of their own (.venv).
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: help demo test test-slow clean-demo
+
+help:
+	@echo "make demo        install, make synthetic tiles, filter, train, evaluate (minutes; an interrupted demo goes on)"
+	@echo "make test        install, lint, run the tests (real tissue: CRC_REAL_DATA=DIR make test)"
+	@echo "make test-slow   the tests that take minutes each"
+	@echo "make clean-demo  remove what the demo wrote: data/demo and runs/demo"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt requirements.txt | .venv/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ .venv/installed
+
+data/demo/frames: | .venv/installed
+	$(PY) -m tools.make_demo_data data/demo --tiles 240 --seed 0
+
+data/demo/tiles.csv: configs/demo.yaml | data/demo/frames
+	$(PY) data_filter.py --config configs/demo.yaml
+
+demo: .venv/installed data/demo/tiles.csv
+	@if [ -d runs/demo ]; then $(PY) train.py --resume runs/demo; else $(PY) train.py --config configs/demo.yaml; fi
+	$(PY) evaluate.py runs/demo
+	@echo "look at runs/demo/evaluation/predictions.png and runs/demo/figures/losses.png"
+
+test: .venv/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
+
+test-slow: .venv/installed-dev
+	$(PY) -m pytest -q -m slow
+
+clean-demo:
+	rm -rf data/demo runs/demo
