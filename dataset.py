@@ -155,8 +155,9 @@ def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Til
                                        (found_masks, found_images, "image", images)):
         lone = [key for key in here if key not in there]
         if lone:
-            raise UserError(f"{root / here[lone[0]]}: its {what} {root / pattern.format(key=lone[0])} is missing "
-                            f"({len(lone)} of {len(here)} files have no {what}); add it or remove the file")
+            partner = root / pattern.replace("{key}", lone[0])
+            raise UserError(f"{root / here[lone[0]]}: its {what} {partner} is missing ({len(lone)} of {len(here)} files "
+                            f"have no {what}); add it or remove the file")
     return [Tile(key, found_images[key], found_masks[key], group_of(key, group))
             for key in sorted(found_images, key=_natural)]
 
@@ -168,7 +169,7 @@ def _files_by_key(root: Path, pattern: str) -> dict[str, str]:
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", key) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", key) if part]
 
 
 def group_of(key: str, pattern: str) -> str:

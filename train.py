@@ -36,6 +36,7 @@ from dataset import (
     measure,
     normalise,
     open_store,
+    picture_size,
     read_tiles,
     torch_seed,
     training_crops,
@@ -89,13 +90,13 @@ def prepare_data(config: Config) -> TrainingSet:
         raise UserError(f"{root / TILE_LIST}: no tile has split = train; run data_filter.py again or mend the list")
     groups = [tiles[i].group for i in rows]
     draw_folds(groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch=1)  # complains early
-    store = open_store(root, tiles, config.data.greys)
-    height, width = store.shape[1:3]
+    height, width = picture_size(root / tiles[0].image)
     if config.data.crop > min(height, width):
         multiple = config.model.multiple
         raise UserError(f"data.crop ({config.data.crop}) does not fit the tiles of {root}, {height} x {width} pixels: "
                         f"set data.crop={min(height, width) // multiple * multiple} or a smaller multiple of "
                         f"{multiple}")
+    store = open_store(root, tiles, config.data.greys)
     return TrainingSet(store, rows, groups, measure(store, rows, len(config.data.classes)))
 
 
@@ -134,23 +135,23 @@ def pass_over(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int
                 loss.backward()
                 learner.optimizer.step()
             total += loss.detach() * len(batch)
-            progress.advance(note=f"loss {loss.item():.4f}")
+            progress.advance(len(batch), note=f"loss {loss.item():.4f}")
     return total.item() / len(crops)
 
 
 def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -> dict:
     """Train and validate the k models of an epoch; keep the survivor, return its and all folds' losses."""
-    train, keys = config.train, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
+    plan, keys = config.train, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
     folds = [data.rows[fold] for fold in
-             draw_folds(data.groups, train.folds, train.images_per_epoch, config.seed, epoch)]
+             draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch)]
     start, best, survivor, val_losses = learner.snapshot(), math.inf, None, []
-    with Progress("", train.folds * train.images_per_epoch, "image") as progress:
-        for fold in range(train.folds):
-            progress.title = f"epoch {epoch}/{train.epochs} fold {fold + 1}/{train.folds}"
+    with Progress("", plan.folds * plan.images_per_epoch, "image") as progress:
+        for fold in range(plan.folds):
+            progress.title = f"epoch {epoch}/{plan.epochs} fold {fold + 1}/{plan.folds}"
             learner.restore(start)
             torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
-            train_loss = pass_over(learner, data, training_crops(folds, fold, *keys), train.batch_size, True, progress)
-            val_loss = pass_over(learner, data, validation_crops(folds, fold, *keys), train.batch_size, False, progress)
+            train_loss = pass_over(learner, data, training_crops(folds, fold, *keys), plan.batch_size, True, progress)
+            val_loss = pass_over(learner, data, validation_crops(folds, fold, *keys), plan.batch_size, False, progress)
             val_losses.append(val_loss)
             if val_loss < best:  # false for NaN, which argmin would keep
                 best = val_loss

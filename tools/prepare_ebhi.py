@@ -78,8 +78,8 @@ def main() -> None:
             image, mask, key = read_image(image_path), read_label(label_path, GLAND[name]), key_of(name, image_path)
             if image.shape[:2] != mask.shape:
                 raise UserError(f"{label_path}: the label is {mask.shape}, its image {image.shape[:2]} pixels")
-            Image.fromarray(image).save(partial / layout.images.format(key=key))
-            Image.fromarray(np.array(layout.greys, np.uint8)[mask]).save(partial / layout.masks.format(key=key))
+            Image.fromarray(image).save(partial / layout.images.replace("{key}", key))
+            Image.fromarray(np.array(layout.greys, np.uint8)[mask]).save(partial / layout.masks.replace("{key}", key))
             pixels += np.bincount(mask.ravel(), minlength=3)
             progress.advance()
     partial.replace(args.out)
