@@ -51,34 +51,37 @@ def _entropy(seed: int, epoch: int, fold: int, purpose: str) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------- files of a tile
 
-def open_picture(path: Path) -> Image.Image:
-    """Decode a picture, or say in one line why it cannot be."""
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever Pillow raises on a file, in one line that names it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than a tile may have "
-                            f"({MAX_PIXELS:,}); cut it into tiles")
-        if picture.tile and "16" in str(picture.tile[0][3]):
-            raise UserError(f"{path}: 16 bits a channel; expected 8. Convert it to 8 bits")
-        picture.load()
-        return picture
+            yield
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; restore it, or run data_filter.py again") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{path}: far more pixels than a tile may have ({MAX_PIXELS:,}); cut it into tiles") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"{path}: not a readable image ({error}); replace it or remove the pair") from None
 
 
+def open_picture(path: Path) -> Image.Image:
+    """Decode a picture of at most `MAX_PIXELS` pixels and 8 bits a channel."""
+    with _explained(path), Image.open(path) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than a tile may have "
+                            f"({MAX_PIXELS:,}); cut it into tiles")
+        if picture.tile and "16" in str(np.ravel(picture.tile[0].args)[0]):  # Pillow would cut RGB to 8 bits unasked
+            raise UserError(f"{path}: 16 bits a channel; expected 8. Convert it to 8 bits")
+        picture.load()
+        return picture
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) from the header alone."""
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace it or remove the pair") from None
+    with _explained(path), Image.open(path) as picture:
+        return picture.height, picture.width
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -156,8 +159,8 @@ def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Til
         lone = [key for key in here if key not in there]
         if lone:
             partner = root / pattern.replace("{key}", lone[0])
-            raise UserError(f"{root / here[lone[0]]}: its {what} {partner} is missing ({len(lone)} of {len(here)} files "
-                            f"have no {what}); add it or remove the file")
+            raise UserError(f"{root / here[lone[0]]}: its {what} {partner} is missing ({len(lone)} of {len(here)} "
+                            f"files have no {what}); add it or remove the file")
     return [Tile(key, found_images[key], found_masks[key], group_of(key, group))
             for key in sorted(found_images, key=_natural)]
 
@@ -298,11 +301,8 @@ def _signature(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> str:
     digest = hashlib.sha256(repr(list(greys)).encode())
     for tile in tiles:
         for name in (tile.image, tile.mask):
-            try:
+            with _explained(root / name):
                 stat = (root / name).stat()
-            except FileNotFoundError:
-                raise UserError(f"{root / name}: listed in {root / TILE_LIST} but missing; restore it or run "
-                                "data_filter.py again") from None
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 

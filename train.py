@@ -14,7 +14,8 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,6 +218,15 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
           f"next:  python evaluate.py {folder}")
 
 
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """On Ctrl-C say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: python train.py --resume {folder}") from None
+
+
 def start(config: Config) -> None:
     """Begin a run in a folder of its own; nothing is written there before its data is known to be good."""
     folder = runs.run_folder(config)
@@ -224,13 +234,13 @@ def start(config: Config) -> None:
     data = prepare_data(config)
     learner = build_learner(config, data.statistics)
     runs.create_run(folder, config, learner.device, learner.precision)
-    with runs.locked(folder):
+    with runs.locked(folder), resumable(folder):
         train(learner, data, config, folder, [])
 
 
 def resume(folder: Path, overrides: list[str]) -> None:
     """Go on after the last finished epoch, as if there had been no break."""
-    with runs.locked(folder):
+    with runs.locked(folder), resumable(folder):
         path = folder / "checkpoints" / "last.pt"
         checkpoint = runs.load_checkpoint(path) if path.exists() else None
         trained = checkpoint.config if checkpoint else load_config(folder / "config.yaml")
