@@ -1,7 +1,7 @@
 """What a run leaves on disk.
 
     runs/NAME/config.yaml            the whole resolved config
-              environment.json       what it was trained with: command, commit, versions, device, sha256 of tiles.csv
+              environment.json       an entry for each start: command, commit, versions, device, sha256 of tiles.csv
               metrics.csv            a row an epoch
               checkpoints/last.pt    after every epoch; `train.py --resume` continues it
               checkpoints/best.pt    minimum of the survivor's validation loss; `evaluate.py` takes it
@@ -68,12 +68,17 @@ def refuse_existing(folder: Path) -> None:
                         ", choose another name with name=NAME, or remove the folder")
 
 
-def create_run(folder: Path, config: Config, device: torch.device, precision: torch.dtype) -> None:
-    """Make the run's folder with its config and environment."""
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "figures").mkdir()
+def create_run(folder: Path) -> None:
+    for name in ("checkpoints", "figures"):
+        (folder / name).mkdir(parents=True)
+
+
+def record_start(folder: Path, config: Config, device: torch.device, precision: torch.dtype) -> None:
+    """Write the config, and add an entry to environment.json: a run may be resumed elsewhere."""
     write_text(folder / "config.yaml", config.to_yaml())
-    write_text(folder / "environment.json", json.dumps(environment(config, device, precision), indent=2) + "\n")
+    path = folder / "environment.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_text(path, json.dumps([*starts, environment(config, device, precision)], indent=2) + "\n")
 
 
 @contextmanager

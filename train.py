@@ -233,8 +233,9 @@ def start(config: Config) -> None:
     runs.refuse_existing(folder)
     data = prepare_data(config)
     learner = build_learner(config, data.statistics)
-    runs.create_run(folder, config, learner.device, learner.precision)
+    runs.create_run(folder)
     with runs.locked(folder), resumable(folder):
+        runs.record_start(folder, config, learner.device, learner.precision)
         train(learner, data, config, folder, [])
 
 
@@ -254,7 +255,7 @@ def resume(folder: Path, overrides: list[str]) -> None:
             runs.load_weights(learner.model, checkpoint)
             learner.optimizer.load_state_dict(checkpoint.optimizer)
             learner.scheduler.load_state_dict(checkpoint.scheduler)
-        runs.write_text(folder / "config.yaml", config.to_yaml())
+        runs.record_start(folder, config, learner.device, learner.precision)
         train(learner, data, config, folder, checkpoint.history if checkpoint else [])
 
 

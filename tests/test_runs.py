@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import runs
-from config import Config, apply_overrides
+from config import Config, apply_overrides, load_config
 from console import UserError
 from dataset import Statistics
 
@@ -114,9 +114,12 @@ def test_a_run_is_never_overwritten_and_says_what_it_was_made_with(tmp_path):
     config = apply_overrides(CONFIG, [f"data.root={root}"])
     folder = tmp_path / "runs" / "x"
     runs.refuse_existing(folder)
-    runs.create_run(folder, config, torch.device("cpu"), torch.float32)
-    environment = json.loads((folder / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    runs.create_run(folder)
+    for precision in (torch.bfloat16, torch.float32):
+        runs.record_start(folder, config, torch.device("cpu"), precision)
+    first, environment = json.loads((folder / "environment.json").read_text())
+    assert first["precision"] == "bfloat16" and load_config(folder / "config.yaml") == config
+    assert torch.__version__.startswith(environment["packages"]["torch"].partition("+")[0])
     assert environment["precision"] == "float32" and len(environment["tiles_sha256"]) == 64
     with pytest.raises(UserError, match="--resume"):
         runs.refuse_existing(folder)
