@@ -24,7 +24,7 @@ help:
 data/demo/frames: | .venv/installed
 	$(PY) -m tools.make_demo_data data/demo --tiles 240 --seed 0
 
-data/demo/tiles.csv: configs/demo.yaml | data/demo/frames
+data/demo/tiles.csv: | data/demo/frames
 	$(PY) data_filter.py --config configs/demo.yaml
 
 demo: .venv/installed data/demo/tiles.csv

@@ -41,8 +41,11 @@ class Data:
 
     def __post_init__(self):
         for name in ("images", "masks"):
-            _check(getattr(self, name).count("{key}") == 1, f"data.{name} must contain {{key}} exactly once, "
-                   f"e.g. frames/frame#{{key}}.png; it is '{getattr(self, name)}'")
+            pattern = getattr(self, name)
+            _check(not pattern.startswith(("/", "\\")) and ".." not in re.split(r"[/\\]", pattern),
+                   f"data.{name} must stay below data.root; it is '{pattern}'")
+            _check(pattern.count("{key}") == 1, f"data.{name} must contain {{key}} exactly once, "
+                   f"e.g. frames/frame#{{key}}.png; it is '{pattern}'")
         _check(len(self.classes) >= 2, f"data.classes needs at least two names, it has {len(self.classes)}")
         _check(len(set(self.classes)) == len(self.classes), "data.classes names a class twice")
         _check("mean" not in self.classes, "data.classes: 'mean' names the average over classes; choose another name")
@@ -171,6 +174,16 @@ def to_dict(config: Any) -> dict:
             else value for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))}
 
 
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as ("section.key", value)."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
 def from_dict(values: dict, source: str) -> Config:
     """Build a `Config` from nested dicts; `source` is named in errors."""
     try:
@@ -213,6 +226,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a plain word")
             if key_node.value in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: key '{key_node.value}' stands twice; remove one")
             seen.add(key_node.value)
@@ -247,7 +262,7 @@ def _unknown(name: str) -> str:
     known = [leaf for leaf, _ in _leaves(Config)]
     same_ending = [leaf for leaf in known if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
     near = same_ending or difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+    hint = f"did you mean '{near[0]}'?" if near else "config.py lists all that there are"
     return f"unknown key '{name}'; {hint}"
 
 

@@ -8,6 +8,7 @@ if Algorithm 1 finds glass under too much of its annotated tissue. It stays in t
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,10 +65,13 @@ def filter_tiles(config: Config) -> tuple[list[Tile], np.ndarray]:
     """Every tile of the root with its verdict, and the pixels (N, K) of each class."""
     root = Path(config.data.root)
     tiles = find_pairs(root, config.data.images, config.data.masks, config.data.group)
-    judged, pixels = [], []
+    judged, pixels, size = [], [], picture_size(root / tiles[0].mask)
     with Progress("filter", len(tiles), "tile") as progress:
         for tile in tiles:
             tile, counts = judge(root, tile, config.data.greys, config.filter)
+            if picture_size(root / tile.mask) != size:
+                raise UserError(f"{root / tile.mask}: {picture_size(root / tile.mask)} pixels (height, width), but "
+                                f"{root / tiles[0].mask} has {size}; tiles must be of one size")
             judged.append(tile)
             pixels.append(counts)
             progress.advance()
@@ -106,7 +110,8 @@ def main() -> None:
     path = Path(config.data.root) / TILE_LIST
     write_tiles(path, tiles)
     print(summary(tiles, pixels, config.data.classes))
-    print(f"\nwrote {path}\nnext:  python train.py {' '.join(['--config', args.config, *args.overrides])}")
+    print(f"\nwrote {path}\nnext:  python train.py "
+          f"{shlex.join(['--config', args.config, *args.overrides])}")
 
 
 if __name__ == "__main__":

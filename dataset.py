@@ -10,8 +10,8 @@ ALL randomness is a function of (seed, epoch, fold, tile): every draw has its ow
 import csv
 import glob
 import hashlib
+import io
 import json
-import os
 import re
 import warnings
 from collections import Counter
@@ -26,12 +26,15 @@ from PIL import Image
 from torch import Tensor
 
 from console import Progress, UserError
+from files import held, remove_leftovers, replacing
 
 TILE_LIST = "tiles.csv"
 STORE = "tiles.u8"
+LOSSLESS = ("PNG", "TIFF", "BMP")  # formats of masks
 SPLITS = ("train", "test")
 DROPPED = ("sparse", "misregistered")
 MAX_PIXELS = 64_000_000  # larger headers are refused before anything is decoded: a small file can hold a huge image
+ORIENTATION = 0x0112  # the EXIF tag
 HEADER_BYTES = 4096  # of the store; one page, so that the pixels stay aligned
 
 
@@ -72,8 +75,11 @@ def open_picture(path: Path) -> Image.Image:
         if picture.width * picture.height > MAX_PIXELS:
             raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than a tile may have "
                             f"({MAX_PIXELS:,}); cut it into tiles")
-        if picture.tile and "16" in str(np.ravel(picture.tile[0].args)[0]):  # Pillow would cut RGB to 8 bits unasked
+        if picture.tile and "16" in str(np.ravel(picture.tile[0][3])[0]):  # Pillow would cut RGB to 8 bits unasked
             raise UserError(f"{path}: 16 bits a channel; expected 8. Convert it to 8 bits")
+        if getattr(picture, "n_frames", 1) > 1 or picture.getexif().get(ORIENTATION, 1) != 1:
+            raise UserError(f"{path}: several pages or a rotation flag (EXIF), so that image and mask may not lie on "
+                            "each other; save it as a plain PNG")
         picture.load()
         return picture
 
@@ -98,11 +104,11 @@ def read_mask(path: Path, greys: Sequence[int]) -> np.ndarray:
     """(H, W) uint8 class indices; class k is the grey `greys[k]`, and any other grey is an error.
 
     Grey and RGB with three equal channels are read exactly. A palette is refused, since its indices and its colours
-    are both candidates, and so is JPEG, which smears labels.
+    are both candidates, and so are JPEG and other formats that smear labels.
     """
     picture = open_picture(path)
-    if picture.format == "JPEG":
-        raise UserError(f"{path}: JPEG changes the values of a mask; save masks as PNG")
+    if picture.format not in LOSSLESS or picture.info.get("compression") == "jpeg":
+        raise UserError(f"{path}: {picture.format} may change the values of a mask; save masks as PNG")
     if picture.mode not in ("L", "RGB"):
         raise UserError(f"{path}: a mask must be 8-bit grey, this one has mode {picture.mode}; convert it so that "
                         f"every pixel is one of {list(greys)}")
@@ -150,10 +156,14 @@ class Tile:
 def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Tile]:
     """Every image with its mask, by key, in the keys' natural order (2 before 10)."""
     found_images, found_masks = _files_by_key(root, images), _files_by_key(root, masks)
+    shared = set(found_images.values()) & set(found_masks.values())  # {key}.png finds the masks {key}_mask.png too
+    loose = found_images if len(images) < len(masks) else found_masks
+    for key in [key for key, path in loose.items() if path in shared]:
+        del loose[key]
     if not found_images and not found_masks:
-        raise UserError(f"{root}: no tiles found: expected {root / images} and {root / masks}. Put your tiles there, "
-                        "or set data.root, data.images and data.masks; `python -m tools.make_demo_data data/demo` "
-                        "makes tiles to try (then add data.root=data/demo)")
+        raise UserError(f"{root.resolve()}: no tiles found: expected {root / images} and {root / masks}. Put your "
+                        "tiles there, or set data.root, data.images and data.masks; `python -m tools.make_demo_data "
+                        "data/demo` makes tiles to try (then add data.root=data/demo)")
     for here, there, what, pattern in ((found_images, found_masks, "mask", masks),
                                        (found_masks, found_images, "image", images)):
         lone = [key for key in here if key not in there]
@@ -168,7 +178,8 @@ def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Til
 def _files_by_key(root: Path, pattern: str) -> dict[str, str]:
     before, after = pattern.split("{key}")
     paths = (path.relative_to(root).as_posix() for path in root.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
-    return {path[len(before):len(path) - len(after)]: path for path in paths}
+    return {path[len(before):len(path) - len(after)]: path for path in paths
+            if not path.rpartition("/")[2].startswith(".")}  # macOS leaves ._NAME beside NAME
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
@@ -180,9 +191,10 @@ def group_of(key: str, pattern: str) -> str:
     if not pattern:
         return ""
     match = re.search(pattern, key)
-    if match is None:
+    group = (match.group(1) if match.groups() else match.group(0)) if match else None
+    if not group:
         raise UserError(f"data.group '{pattern}' finds nothing in the key '{key}'; every key must hold its group")
-    return match.group(1) if match.groups() else match.group(0)
+    return group
 
 
 def split_by_group(tiles: Sequence[Tile], test_fraction: float, seed: int) -> list[str]:
@@ -230,17 +242,22 @@ def read_tiles(root: Path) -> list[Tile]:
     path = root / TILE_LIST
     if not path.is_file():
         hint = ("`python data_filter.py --config configs/NAME.yaml` writes it" if root.is_dir() else
-                f"the folder {root} is missing too. `python -m tools.make_demo_data data/demo` makes tiles that work, "
-                "`python -m tools.prepare_ebhi SOURCE data/ebhi` prepares real ones; then run data_filter.py")
+                f"the folder {root.resolve()} is missing too. `python -m tools.make_demo_data data/demo` makes tiles "
+                "that work, `python -m tools.prepare_ebhi SOURCE data/ebhi` prepares real ones; then run "
+                "data_filter.py")
         raise UserError(f"{path}: the cleaned list of tiles is missing; {hint}")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        names = {f.name for f in fields(Tile)}
-        if not names <= set(rows.fieldnames or ()):
-            missing = ", ".join(sorted(names - set(rows.fieldnames or ())))
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
+        rows = csv.DictReader(io.StringIO(text), delimiter=";" if text.startswith("key;") else ",")
+        missing = [f.name for f in fields(Tile) if f.name not in (rows.fieldnames or ())]
+        if missing:
             raise UserError(f"{path}: expected the columns {', '.join(f.name for f in fields(Tile))}; missing: "
-                            f"{missing}. Run data_filter.py again")
-        tiles = [_tile_of(row, f"{path} line {rows.line_num}") for row in rows]
+                            f"{', '.join(missing)}. Restore the first line, or run data_filter.py again")
+        tiles = [_tile_of(row, f"{path} line {rows.line_num}") for row in rows if any(row.values())]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save it as CSV UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: not a readable CSV file ({error}); look for a stray quotation mark") from None
     for name in ("key", "image", "mask"):
         value, count = Counter(getattr(tile, name) for tile in tiles).most_common(1)[0] if tiles else ("", 0)
         if count > 1:
@@ -262,24 +279,12 @@ def _tile_of(row: dict, where: str) -> Tile:
         if Path(values[name]).is_absolute() or ".." in Path(values[name]).parts:
             raise UserError(f"{where}: {name} '{values[name]}' leaves the data folder; give a path below it")
     try:
-        shares = {name: float(values[name]) if values[name] else None for name in ("foreground", "blank")}
+        shares = {name: float(values[name].replace(",", ".")) if values[name] else None  # 0,5 in some spreadsheets
+                  for name in ("foreground", "blank")}
     except ValueError:
         raise UserError(f"{where}: foreground and blank must be numbers or empty; they are "
                         f"'{values['foreground']}' and '{values['blank']}'") from None
     return Tile(**{**values, **shares})
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place if the block ends well, and vanishes if it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- the packed store
@@ -293,7 +298,11 @@ def open_store(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> np.me
     signature = _signature(root, tiles, greys)
     header = _read_header(path)
     if header is None or header["signature"] != signature:
-        header = _pack(path, root, tiles, greys, signature)
+        with held(root):
+            remove_leftovers(root)
+            header = _read_header(path)  # another process may have packed meanwhile
+            if header is None or header["signature"] != signature:
+                header = _pack(path, root, tiles, greys, signature)
     return np.memmap(path, np.uint8, mode="r", offset=HEADER_BYTES, shape=tuple(header["shape"]))
 
 
@@ -342,6 +351,11 @@ class Statistics:
     mean: list[float]  # of red, green, blue, in [0, 1]
     std: list[float]
     frequencies: list[float]  # share of the pixels of each class (section 6.1.1)
+
+    def equals(self, other: "Statistics") -> bool:
+        """Whether both are of the same tiles; another processor may round the last bit otherwise."""
+        return all(np.allclose(ours, theirs, rtol=1e-9, atol=0) for ours, theirs in
+                   zip(asdict(self).values(), asdict(other).values(), strict=True))
 
 
 def measure(store: np.ndarray, rows: Sequence[int], classes: int) -> Statistics:

@@ -26,7 +26,7 @@ import torch
 import figures
 import metrics
 import runs
-from config import apply_overrides
+from config import Config, apply_overrides
 from console import Progress, UserError, run, table, warn
 from dataset import SPLITS, TILE_LIST, Tile, normalise, open_store, read_tiles
 from hardware import choose_device
@@ -74,6 +74,7 @@ def predictor(checkpoint: runs.Checkpoint, device: torch.device) -> Predict:
     model = runs.build_model(checkpoint.config)
     runs.load_weights(model, checkpoint)
     model = model.to(device, memory_format=torch.channels_last).eval()
+    torch.backends.cudnn.allow_tf32 = False  # on by default, and 10 bits of mantissa are not float32
 
     @torch.no_grad()
     def predict(images: torch.Tensor) -> torch.Tensor:
@@ -135,8 +136,12 @@ def write_evaluation(folder: Path, contents: dict, rows: list[dict], picture: fi
         writer.writeheader()
         writer.writerows(rows)
     figures.save(picture, partial / "predictions.png")
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
     partial.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def draw_predictions(predict: Predict, scores: Scores, store: np.ndarray, rows: Sequence[int], classes: Sequence[str],
@@ -152,29 +157,55 @@ def draw_predictions(predict: Predict, scores: Scores, store: np.ndarray, rows: 
     return figures.predictions(panels, classes)
 
 
-def evaluate(folder: Path, which: str, pictures: int, overrides: Sequence[str]) -> dict:
-    """Evaluate one run, write its evaluation folder, return the contents of scores.json."""
+@dataclass(frozen=True)
+class Job:
+    """A run that can be evaluated: everything that can be refused has been looked at."""
+
+    folder: Path
+    checkpoint: runs.Checkpoint
+    config: Config
+    tiles: list[Tile]  # those of the store
+    rows: list[int]  # of the store: the test tiles
+    device: torch.device
+
+
+def plan(folder: Path, which: str, overrides: Sequence[str]) -> Job:
+    """Read and check the checkpoint and the list of tiles of one run."""
     checkpoint = runs.load_checkpoint(folder / "checkpoints" / f"{which}.pt")
     config = apply_overrides(checkpoint.config, overrides, allowed=MAY_CHANGE)
-    root, device, classes = Path(config.data.root), choose_device(config.device), config.data.classes
-    kept = [tile for tile in read_tiles(root) if tile.split in SPLITS]
-    rows = [i for i, tile in enumerate(kept) if tile.split == "test"]
+    path = Path(config.data.root) / TILE_LIST
+    tiles = [tile for tile in read_tiles(path.parent) if tile.split in SPLITS]
+    rows = [i for i, tile in enumerate(tiles) if tile.split == "test"]
     if not rows:
-        raise UserError(f"{root / TILE_LIST}: no tile has split = test; run data_filter.py again or mend the list")
+        raise UserError(f"{path}: no tile has split = test; run data_filter.py again or mend the list")
     if runs.tiles_sha256(config) != checkpoint.tiles_sha256:
-        warn(f"{root / TILE_LIST} is not the list that {folder} was trained with: some of its test tiles may have been "
-             "training tiles")
-    predict, store = predictor(checkpoint, device), open_store(root, kept, config.data.greys)
-    scores = score(predict, store, rows, [kept[i] for i in rows], len(classes), device)
-    contents = {"run": config.name, "checkpoint": which, "epoch": checkpoint.epoch, "split": "test",
-                **report(scores, classes)}
-    picture = draw_predictions(predict, scores, store, rows, classes, pictures, device)
-    write_evaluation(folder / "evaluation", contents, tile_rows(scores, classes), picture)
+        warn(f"{path} is not the list that {folder} was trained with: some of its test tiles may have been training "
+             "tiles")
+    return Job(folder, checkpoint, config, tiles, rows, choose_device(config.device))
+
+
+def evaluate(job: Job, which: str, pictures: int) -> dict:
+    """Evaluate one run, write its evaluation folder, return the contents of scores.json."""
+    data, rows, device = job.config.data, job.rows, job.device
+    predict, store = predictor(job.checkpoint, device), open_store(Path(data.root), job.tiles, data.greys)
+    scores = score(predict, store, rows, [job.tiles[i] for i in rows], len(data.classes), device)
+    contents = {"run": job.config.name, "checkpoint": which, "epoch": job.checkpoint.epoch, "split": "test",
+                "data_root": data.root, "tiles_sha256": runs.tiles_sha256(job.config), **report(scores, data.classes)}
+    picture = draw_predictions(predict, scores, store, rows, data.classes, pictures, device)
+    write_evaluation(job.folder / "evaluation", contents, tile_rows(scores, data.classes), picture)
     return contents
 
 
+def comparisons(results: Sequence[dict]) -> list[str]:
+    """A table for each test set: scores of different tiles are not compared."""
+    by_set: dict[tuple, list[dict]] = {}
+    for result in results:
+        by_set.setdefault((result["tiles_sha256"], *result["dice"]), []).append(result)
+    return [comparison(group) for group in by_set.values()]
+
+
 def comparison(results: Sequence[dict]) -> str:
-    """The main scores of each run, and of the best constant prediction on the same tiles, as a table."""
+    """The main scores of runs on one test set, and of the best constant prediction there, as a table."""
     header = ["run", "epoch", "tiles", "soft Dice", "accuracy", "Dice", *(f"Dice {name}" for name in results[0]["dice"]
                                                                           if name != "mean")]
     rows = []
@@ -196,14 +227,17 @@ def main() -> None:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=6, metavar="N", help="tiles to draw (default: %(default)s)")
     args = parser.parse_intermixed_args()
-    overrides = [argument for argument in args.runs if "=" in argument]
-    folders = [Path(argument) for argument in args.runs if "=" not in argument]
+    folders = [Path(argument) for argument in args.runs if "=" not in argument or Path(argument).is_dir()]
+    overrides = [argument for argument in args.runs if Path(argument) not in folders]
     if not folders:
         raise UserError("no run given: name at least one run folder, e.g. runs/dice_ce")
     if args.pictures < 1:
         raise UserError(f"--pictures must be at least 1; it is {args.pictures}")
-    results = [evaluate(folder, args.checkpoint, args.pictures, overrides) for folder in folders]
-    print(comparison(results))
+    jobs = [plan(folder, args.checkpoint, overrides) for folder in folders]
+    tables = comparisons([evaluate(job, args.checkpoint, args.pictures) for job in jobs])
+    if len(tables) > 1:
+        warn("the runs were tested on different tiles or classes; their scores cannot be compared across tables")
+    print("\n\n".join(tables))
     for folder in folders:
         print(f"wrote {folder}/evaluation: scores.json, tiles.csv, predictions.png")
 

@@ -13,10 +13,12 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device '{name}' cannot be used here ({reason}); try device=auto or device=cpu") from None
+        usable = device.type in ("cuda", "mps", "cpu") and torch.zeros(1, device=device).item() == 0
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        raise UserError(f"device '{name}' cannot be used here: expected cuda, cuda:N, mps or cpu, and that this torch "
+                        "and this machine have it; try device=auto")
     return device
 
 

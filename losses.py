@@ -58,7 +58,8 @@ def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
 def log_dice_ce(logits: Tensor, target: Tensor) -> Tensor:
     """Equation 12 as it is meant: cross-entropy minus the logarithm of the soft Dice score.
 
-    As printed, log(-DICE) + CE falls without bound as the overlap vanishes.
+    As printed, log(-DICE) + CE falls without bound as the overlap vanishes. The logarithm is of the batch's mean, as in
+    equation 6, so unlike the other losses this one is not a mean over tiles.
     """
     return cross_entropy(logits, target) - torch.log(soft_dice(logits, target).mean().clamp(min=EPSILON))
 

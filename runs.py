@@ -14,8 +14,8 @@ numbers and strings only. Files appear whole or not at all, whenever the process
 import csv
 import hashlib
 import json
-import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 
-from config import Config, from_dict, to_dict
+from config import Config, from_dict, leaves, to_dict
 from console import UserError
-from dataset import TILE_LIST, Statistics, replacing
+from dataset import TILE_LIST, Statistics
+from files import held, remove_leftovers, replacing, write_text
 from unet import UNet
 
 FORMAT = "crc-unet checkpoint 1"
@@ -69,37 +70,40 @@ def refuse_existing(folder: Path) -> None:
 
 
 def create_run(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another process was faster
+        refuse_existing(folder)
     for name in ("checkpoints", "figures"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a run that failed before its first checkpoint, so that its name is free again."""
+    if not any((folder / "checkpoints").glob("*.pt")):
+        shutil.rmtree(folder)
 
 
 def record_start(folder: Path, config: Config, device: torch.device, precision: torch.dtype) -> None:
     """Write the config, and add an entry to environment.json: a run may be resumed elsewhere."""
     write_text(folder / "config.yaml", config.to_yaml())
     path = folder / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); mend or remove it") from None
     write_text(path, json.dumps([*starts, environment(config, device, precision)], indent=2) + "\n")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; the system frees it however the process ends."""
+    """Hold a run's folder for this process."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run")
-    with (folder / ".lock").open("w") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder} is being trained by another process; wait for it or stop it first") from None
-        for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
+    with held(folder, refusal=f"{folder} is being trained by another process; wait for it or stop it first"):
+        for part in (folder, folder / "checkpoints", folder / "figures"):
+            remove_leftovers(part)
         yield
 
 
@@ -172,6 +176,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, **values)
 
 
+def refuse_other(config: Config, checkpoint: Checkpoint, may_change: Sequence[str]) -> None:
+    """A checkpoint is continued with the settings it was made with, but for those that may change."""
+    ours, theirs = dict(leaves(config)), dict(leaves(checkpoint.config))
+    for name in ours:
+        if ours[name] != theirs[name] and name not in may_change:
+            raise UserError(f"{checkpoint.path}: was trained with {name}={theirs[name]}, but the run's config.yaml "
+                            f"says {ours[name]}; restore the one that changed, or start a new run with name=NAME")
+    if config.train.epochs < checkpoint.epoch:
+        raise UserError(f"train.epochs={config.train.epochs} is less than the {checkpoint.epoch} epochs that "
+                        f"{checkpoint.path} has done; a run can be made longer, not shorter")
+
+
 def load_weights(model: UNet, checkpoint: Checkpoint) -> None:
     """Copy the checkpoint's weights into `model`, or name what does not fit."""
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -189,8 +205,3 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
         writer = csv.DictWriter(file, history[0].keys())
         writer.writeheader()
         writer.writerows(history)
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ one bit for bit (same machine, same number of threads), for all randomness is a 
 import argparse
 import copy
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,13 +28,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import figures
 import runs
 from config import Config, apply_overrides, load_config
-from console import Progress, UserError, run
+from console import Progress, UserError, run, warn
 from dataset import (
     SPLITS,
     TILE_LIST,
     Crops,
     Statistics,
+    Tile,
     draw_folds,
+    group_of,
     measure,
     normalise,
     open_store,
@@ -90,6 +93,7 @@ def prepare_data(config: Config) -> TrainingSet:
     if not len(rows):
         raise UserError(f"{root / TILE_LIST}: no tile has split = train; run data_filter.py again or mend the list")
     groups = [tiles[i].group for i in rows]
+    warn_of_groups(config, tiles)
     draw_folds(groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch=1)  # complains early
     height, width = picture_size(root / tiles[0].image)
     if config.data.crop > min(height, width):
@@ -99,6 +103,17 @@ def prepare_data(config: Config) -> TrainingSet:
                         f"{multiple}")
     store = open_store(root, tiles, config.data.greys)
     return TrainingSet(store, rows, groups, measure(store, rows, len(config.data.classes)))
+
+
+def warn_of_groups(config: Config, tiles: list[Tile]) -> None:
+    """The groups are those of tiles.csv; say so where data.group asks for others, or where there are none."""
+    path = Path(config.data.root) / TILE_LIST
+    if not any(tile.group for tile in tiles):
+        warn(f"{path} has no groups, so tiles of one slide or patient may be in train, test and several folds; run "
+             "data_filter.py with data.group to keep them together")
+    elif config.data.group and any(group_of(tile.key, config.data.group) != tile.group for tile in tiles):
+        warn(f"data.group '{config.data.group}' finds other groups than {path} holds; the list counts. Run "
+             "data_filter.py again to change it")
 
 
 def build_learner(config: Config, statistics: Statistics) -> Learner:
@@ -158,8 +173,8 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
                 best = val_loss
                 survivor = {"survivor": fold, "train_loss": train_loss, "val_loss": val_loss}, learner.snapshot()
     if survivor is None:
-        raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}); the checkpoints of the "
-                        "epoch before are kept. Lower optim.lr, or set train.precision=float32")
+        raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}); what earlier epochs "
+                        "wrote is kept. Start a new run with a lower optim.lr, or with train.precision=float32")
     row, snapshot = survivor
     learner.restore(snapshot)
     return row | {f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}
@@ -197,6 +212,8 @@ def next_row(learner: Learner, data: TrainingSet, config: Config, history: list[
 def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, history: list[dict]) -> None:
     """Run epochs until one of the endings; after each, everything that `--resume` needs is on disk."""
     sha, drawn = runs.tiles_sha256(config), time.monotonic()
+    if history:
+        runs.write_metrics(folder / "metrics.csv", history)  # a kill may have come before its last row
     while not ending(history, config):
         row = next_row(learner, data, config, history)
         is_best = row["val_loss"] < min((before["val_loss"] for before in history), default=math.inf)
@@ -215,16 +232,23 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
               f"  lr {row['lr']:.1e}  {row['seconds']:.1f} s{'  best' if is_best else ''}", flush=True)
     figures.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
     print(f"\n{ending(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv and figures/losses.png\n"
-          f"next:  python evaluate.py {folder}")
+          f"next:  python evaluate.py {shlex.quote(str(folder))}")
 
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """On Ctrl-C say how to go on."""
+    """On Ctrl-C say how to go on; a run that fails before its first checkpoint leaves no folder behind."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: python train.py --resume {folder}") from None
+        raise KeyboardInterrupt(f"go on with: python train.py --resume {shlex.quote(str(folder))}") from None
+    except torch.OutOfMemoryError as error:
+        runs.remove_if_empty(folder)
+        raise UserError(f"the GPU's memory is too small ({str(error).splitlines()[0]}): set a smaller "
+                        "train.batch_size, data.crop or model.widths") from None
+    except UserError:
+        runs.remove_if_empty(folder)
+        raise
 
 
 def start(config: Config) -> None:
@@ -241,22 +265,25 @@ def start(config: Config) -> None:
 
 def resume(folder: Path, overrides: list[str]) -> None:
     """Go on after the last finished epoch, as if there had been no break."""
-    with runs.locked(folder), resumable(folder):
+    with runs.locked(folder):
         path = folder / "checkpoints" / "last.pt"
         checkpoint = runs.load_checkpoint(path) if path.exists() else None
-        trained = checkpoint.config if checkpoint else load_config(folder / "config.yaml")
-        config = apply_overrides(trained, overrides, allowed=RESUME_MAY_CHANGE)
+        config = apply_overrides(load_config(folder / "config.yaml"), overrides, allowed=RESUME_MAY_CHANGE)
+        if checkpoint:
+            runs.refuse_other(config, checkpoint, RESUME_MAY_CHANGE)
         data = prepare_data(config)
         learner = build_learner(config, data.statistics)
         if checkpoint:
-            if (runs.tiles_sha256(config), data.statistics) != (checkpoint.tiles_sha256, checkpoint.statistics):
+            if not (runs.tiles_sha256(config) == checkpoint.tiles_sha256
+                    and data.statistics.equals(checkpoint.statistics)):
                 raise UserError(f"{config.data.root}: the tiles or their list changed since this run began, so it "
                                 "cannot be continued; restore them, or start a new run with name=NAME")
             runs.load_weights(learner.model, checkpoint)
             learner.optimizer.load_state_dict(checkpoint.optimizer)
             learner.scheduler.load_state_dict(checkpoint.scheduler)
         runs.record_start(folder, config, learner.device, learner.precision)
-        train(learner, data, config, folder, checkpoint.history if checkpoint else [])
+        with resumable(folder):
+            train(learner, data, config, folder, checkpoint.history if checkpoint else [])
 
 
 def main() -> None:

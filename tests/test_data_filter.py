@@ -72,6 +72,22 @@ def test_every_tile_stays_listed_with_its_numbers_and_verdict(tmp_path):
     assert "sparse" in text and text.splitlines()[-1].split()[:2] == ["all", "6"]
 
 
+def test_groups_of_the_pattern_reach_the_list_and_are_not_cut(tmp_path):
+    write_pairs(tmp_path, 20, slides=5)
+    for seed in range(5):
+        tiles, _ = filter_tiles(Config(seed=seed, data=Data(root=str(tmp_path), group=r"^(s\d+)", test_fraction=0.3)))
+        sides = [{tile.group for tile in tiles if tile.split == split} for split in ("train", "test")]
+        assert sides[0] | sides[1] == {f"s{i}" for i in range(5)} and not sides[0] & sides[1]
+
+
+def test_tiles_of_two_sizes_are_refused(tmp_path):
+    write_pairs(tmp_path, 2)
+    for folder, mode in (("frames/frame", "RGB"), ("masks/mask", "L")):
+        Image.new(mode, (60, 60), 51 if mode == "L" else "purple").save(tmp_path / f"{folder}#1.png")
+    with pytest.raises(UserError, match="tiles must be of one size"):
+        filter_tiles(Config(data=Data(root=str(tmp_path))))
+
+
 def test_thresholds_are_those_of_the_config(tmp_path):
     config = planted(tmp_path)
     tiles, _ = filter_tiles(replace(config, filter=Filter(min_foreground=0.005, max_blank=1.0)))

@@ -27,6 +27,7 @@ from dataset import (
     validation_crops,
     write_tiles,
 )
+from files import replacing
 
 LAYOUT = "frames/frame#{key}.png", "masks/mask#{key}.png"
 
@@ -67,8 +68,15 @@ def test_no_tiles_says_where_they_are_expected_and_how_to_get_some(tmp_path):
 def test_groups_come_from_the_key():
     assert group_of("s03-0017", r"^(s\d+)") == group_of("s03-0018", r"s\d+") == "s03"
     assert group_of("anything", "") == ""
-    with pytest.raises(UserError, match="finds nothing in the key 'x'"):
-        group_of("x", r"\d")
+    for pattern in (r"\d", "y*", "(z)?.*"):
+        with pytest.raises(UserError, match="finds nothing in the key 'x'"):
+            group_of("x", pattern)
+
+
+def test_images_and_masks_may_share_a_folder_with_other_files(tmp_path):
+    for name in ("foo 1.png", "foo 1_mask.png", "bär.png", "bär_mask.png", "._foo 1.png"):
+        (tmp_path / name).touch()
+    assert [tile.key for tile in find_pairs(tmp_path, "{key}.png", "{key}_mask.png")] == ["bär", "foo 1"]
 
 
 def test_masks_are_read_exactly_from_grey_and_equal_rgb(tmp_path):
@@ -96,11 +104,25 @@ def test_masks_that_cannot_be_read_exactly_are_refused(tmp_path, make, expected)
     assert str(path) in str(error.value)
 
 
-def test_a_jpeg_mask_is_refused(tmp_path):
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_formats_that_smear_labels_are_refused(tmp_path, kind):
     path = tmp_path / "m.png"
-    Image.fromarray(np.full((16, 16), 26, np.uint8)).save(path, format="JPEG")
-    with pytest.raises(UserError, match="JPEG"):
+    Image.new("RGB", (16, 16), (26, 26, 26)).save(path, format=kind)
+    with pytest.raises(UserError, match=kind):
         read_mask(path, GREYS.tolist())
+
+
+def test_pages_and_rotation_flags_are_refused(tmp_path):
+    picture = Image.new("RGB", (16, 16), (26, 26, 26))
+    picture.save(tmp_path / "pages.tif", save_all=True, append_images=[picture])
+    exif = Image.Exif()
+    exif[dataset.ORIENTATION] = 6
+    picture.save(tmp_path / "rotated.jpg", exif=exif)
+    for name in ("pages.tif", "rotated.jpg"):
+        with pytest.raises(UserError, match="rotation flag"):
+            read_image(tmp_path / name)
+    picture.save(tmp_path / "plain.tif")
+    assert read_image(tmp_path / "plain.tif").shape == (16, 16, 3)
 
 
 def test_images_are_rgb_or_opaque_rgba(tmp_path):
@@ -187,6 +209,25 @@ def test_a_badly_edited_list_names_line_and_cause(tmp_path, edit, expected):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("save", [
+    lambda text: text.encode("utf-8-sig"), lambda text: text.replace("\n", "\r\n").encode(),
+    lambda text: text.replace(",", ";").replace("0.5", "0,5").encode(), lambda text: (text + ",,,,,,\n").encode()],
+    ids=["byte order mark", "CRLF", "semicolons", "blank row"])
+def test_lists_saved_by_spreadsheets_are_read(tmp_path, save):
+    _, tiles = listed(tmp_path)
+    path = tmp_path / "tiles.csv"
+    path.write_bytes(save(path.read_text()))
+    assert read_tiles(tmp_path) == tiles
+
+
+def test_a_list_in_another_encoding_is_refused(tmp_path):
+    listed(tmp_path)
+    path = tmp_path / "tiles.csv"
+    path.write_bytes(path.read_text().replace("s1", "ä1").encode("cp1252"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_tiles(tmp_path)
+
+
 def test_a_missing_list_names_the_command_that_writes_it(tmp_path):
     with pytest.raises(UserError, match=r"tiles.csv.*data_filter.py"):
         read_tiles(tmp_path)
@@ -259,6 +300,21 @@ def test_the_store_is_packed_anew_exactly_when_stale(tmp_path, monkeypatch, chan
         assert (GREYS[store[i, ..., 3]] == np.asarray(Image.open(tmp_path / tile.mask))).all()
 
 
+def test_other_greys_make_the_store_stale(tmp_path):
+    _, tiles = listed(tmp_path)
+    before = np.array(open_store(tmp_path, tiles, [26, 51, 77])[..., 3])
+    after = open_store(tmp_path, tiles, [77, 51, 26])[..., 3]
+    assert (after == 2 - before).all()
+
+
+def test_leftovers_of_a_killed_packing_are_removed(tmp_path):
+    _, tiles = listed(tmp_path)
+    leftover = tmp_path / ".tiles.u8.123.tmp"
+    leftover.touch()
+    open_store(tmp_path, tiles, GREYS.tolist())
+    assert not leftover.exists()
+
+
 def test_a_tile_of_another_size_is_named_and_no_store_is_left(tmp_path):
     _, tiles = listed(tmp_path)
     Image.fromarray(np.full((50, 40, 3), 90, np.uint8)).save(tmp_path / tiles[4].image)
@@ -267,7 +323,7 @@ def test_a_tile_of_another_size_is_named_and_no_store_is_left(tmp_path):
     Image.fromarray(np.full((50, 40), 51, np.uint8)).save(tmp_path / tiles[4].mask)
     with pytest.raises(UserError, match="tiles must be of one size"):
         open_store(tmp_path, tiles, GREYS.tolist())
-    assert not list(tmp_path.glob("*.u8")) and not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.u8")) and not list(tmp_path.glob(".*.tmp"))
 
 
 # ---------------------------------------------------------------------------------------------- the training set
@@ -366,7 +422,7 @@ def test_batches_are_the_windows_flipped_alike_for_image_and_mask():
 def test_replacing_leaves_the_old_file_when_the_writer_fails(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
-    with pytest.raises(RuntimeError), dataset.replacing(path) as temporary:
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -68,9 +68,13 @@ def trained(tmp_path, tiny, monkeypatch):
     return tmp_path / "runs/tiny"
 
 
+def run_evaluation(folder, which="best", pictures=1, overrides=()):
+    return evaluate.evaluate(evaluate.plan(folder, which, list(overrides)), which, pictures)
+
+
 def test_scores_equal_a_plain_computation_from_files(trained, tmp_path):
     """Everything over again with Pillow, NumPy and scikit-learn, from the PNG files and the checkpoint."""
-    scores = evaluate.evaluate(trained, "best", 2, [])
+    scores = run_evaluation(trained, "best", 2, [])
     assert scores == json.loads((trained / "evaluation/scores.json").read_text())
     checkpoint = runs.load_checkpoint(trained / "checkpoints/best.pt")
     model = runs.build_model(checkpoint.config)
@@ -97,10 +101,28 @@ def test_scores_equal_a_plain_computation_from_files(trained, tmp_path):
     assert list(scores["dice"]) == list(scores["iou"]) == ["background", "tissue", "tumour", "mean"]
 
 
+def test_the_named_checkpoint_is_the_one_that_is_scored(trained):
+    checkpoint = trained / "checkpoints/last.pt"
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["history"].append(contents["history"][0])
+    contents["model"]["head.bias"][:] = torch.tensor([0.0, 0.0, 1e6])  # predicts tumour everywhere
+    torch.save(contents, checkpoint)
+    best, last = run_evaluation(trained, "best"), run_evaluation(trained, "last")
+    assert (best["epoch"], last["epoch"]) == (1, 2)
+    assert np.sum(last["confusion"], axis=0)[:2].tolist() == [0, 0] and best["confusion"] != last["confusion"]
+
+
+def test_runs_on_different_tiles_get_tables_of_their_own(trained, tmp_path):
+    first = run_evaluation(trained)
+    (tmp_path / "tiles/tiles.csv").write_text((tmp_path / "tiles/tiles.csv").read_text() + "\n")
+    other = run_evaluation(trained)
+    assert len(evaluate.comparisons([first, first])) == 1 and len(evaluate.comparisons([first, other, first])) == 2
+
+
 def test_an_evaluation_replaces_the_one_before_whole(trained):
     (trained / "evaluation").mkdir()
     (trained / "evaluation/old.txt").touch()
-    evaluate.evaluate(trained, "last", 3, [])
+    run_evaluation(trained, "last", 3, [])
     assert {p.name for p in (trained / "evaluation").iterdir()} == {"scores.json", "tiles.csv", "predictions.png"}
     with (trained / "evaluation/tiles.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -110,19 +132,19 @@ def test_an_evaluation_replaces_the_one_before_whole(trained):
 def test_tiles_that_are_not_those_of_the_run_are_said(trained, tmp_path, capsys):
     with (tmp_path / "tiles/tiles.csv").open("a") as file:
         file.write("\n")
-    evaluate.evaluate(trained, "best", 1, [])
+    run_evaluation(trained, "best", 1, [])
     assert "may have been training tiles" in " ".join(capsys.readouterr().err.split())
 
 
 def test_bad_input(trained, tmp_path):
     with pytest.raises(UserError, match="model.widths belongs to what was trained"):
-        evaluate.evaluate(trained, "best", 1, ["model.widths=[4]"])
+        run_evaluation(trained, "best", 1, ["model.widths=[4]"])
     with pytest.raises(UserError, match="no such checkpoint"):
-        evaluate.evaluate(tmp_path, "best", 1, [])
+        run_evaluation(tmp_path, "best", 1, [])
     text = (tmp_path / "tiles/tiles.csv").read_text()
     (tmp_path / "tiles/tiles.csv").write_text(text.replace(",test", ",train"))
     with pytest.raises(UserError, match="no tile has split = test"):
-        evaluate.evaluate(trained, "best", 1, [])
+        run_evaluation(trained, "best", 1, [])
 
 
 def test_a_class_that_is_nowhere_has_no_score():

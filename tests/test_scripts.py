@@ -1,6 +1,7 @@
 """Every script as its user runs it: a process of its own, in a folder of its own."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -45,6 +46,14 @@ def test_any_config_runs_on_any_prepared_root(demo, name):
     trained = script("train.py", "--config", f"configs/{name}.yaml", "data.root=data/demo", *SMALL, cwd=demo)
     assert trained.returncode == 0, trained.stderr
     assert (demo / f"runs/{name}/checkpoints/best.pt").exists()
+
+
+def test_the_next_command_can_be_pasted(tiles_root, tmp_path):
+    (tmp_path / "my configs").mkdir()
+    (tmp_path / "my configs/x.yaml").write_text("name: x\n")
+    out = script("data_filter.py", "--config", "my configs/x.yaml", f"data.root={tiles_root}", *TINY, cwd=tmp_path)
+    line = next(line for line in out.stdout.splitlines() if line.startswith("next:"))
+    assert shlex.split(line)[3:] == ["--config", "my configs/x.yaml", f"data.root={tiles_root}", *TINY]
 
 
 def test_without_a_terminal_there_are_plain_lines(demo):

@@ -104,6 +104,117 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(workplace, tiny
     assert len(state(workplace / "runs/tiny")["history"]) == 3
 
 
+def test_best_is_always_the_lowest_of_the_history_wherever_the_run_is_killed(workplace, tiny, monkeypatch):
+    """Killed at each of the writes in turn, and resumed."""
+    original = runs.save_checkpoint
+    for kill_at in range(6):
+        run, writes = workplace / f"runs/k{kill_at}", []
+
+        def save(path, writes=writes, kill_at=kill_at, **contents):
+            writes.append(path)
+            if len(writes) == kill_at + 1:
+                raise KeyboardInterrupt
+            original(path, **contents)
+
+        monkeypatch.setattr(runs, "save_checkpoint", save)
+        try:
+            train.start(apply_overrides(tiny, [f"name=k{kill_at}"]))
+        except KeyboardInterrupt:
+            monkeypatch.setattr(runs, "save_checkpoint", original)
+            train.resume(run, [])
+        history = runs.load_checkpoint(run / "checkpoints/last.pt").history
+        best = runs.load_checkpoint(run / "checkpoints/best.pt")
+        assert len(history) == 3
+        assert best.history[-1]["val_loss"] == min(row["val_loss"] for row in history)
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(workplace, tiny):
+    train.start(tiny)
+    train.start(apply_overrides(tiny, ["name=other", "optim.lr=0.1"]))
+    last = workplace / "runs/tiny/checkpoints/last.pt"
+    last.write_bytes((workplace / "runs/other/checkpoints/last.pt").read_bytes())
+    before = (workplace / "runs/tiny/config.yaml").read_text()
+    with pytest.raises(UserError, match="was trained with name=other, but the run's config.yaml says tiny"):
+        train.resume(workplace / "runs/tiny", ["train.epochs=5"])
+    assert (workplace / "runs/tiny/config.yaml").read_text() == before
+
+
+def test_a_longer_run_that_is_killed_stays_longer(workplace, tiny, monkeypatch):
+    train.start(tiny)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "next_row", killed)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        train.resume(workplace / "runs/tiny", ["train.epochs=5"])
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    (workplace / "runs/tiny/metrics.csv").unlink()
+    train.resume(workplace / "runs/tiny", [])
+    assert len((workplace / "runs/tiny/metrics.csv").read_text().splitlines()) == 6
+    with pytest.raises(UserError, match="longer, not shorter"):
+        train.resume(workplace / "runs/tiny", ["train.epochs=2"])
+
+
+def test_a_run_that_fails_in_its_first_epoch_leaves_its_name_free(workplace, tiny, monkeypatch):
+    monkeypatch.setattr(train, "pass_over", lambda *args: math.nan)
+    with pytest.raises(UserError, match="no fold has a finite validation loss"):
+        train.start(tiny)
+    assert not (workplace / "runs/tiny").exists()
+
+
+def test_moving_averages_are_carried_and_the_training_one_drives_the_learning_rate(workplace, tiny, monkeypatch):
+    learner, seen, history = train.build_learner(tiny, train.prepare_data(tiny).statistics), [], []
+    given = iter([{"train_loss": t, "val_loss": v} for t, v in ((1.0, 5.0), (0.5, 9.0), (2.0, 1.0))])
+    monkeypatch.setattr(train, "run_epoch", lambda *args: next(given))
+    monkeypatch.setattr(learner.scheduler, "step", seen.append)
+    for _ in range(3):
+        history.append(train.next_row(learner, None, tiny, history))
+    assert [row["train_ema"] for row in history] == pytest.approx([1.0, 0.95, 0.9 * 0.95 + 0.1 * 2.0])
+    assert [row["val_ema"] for row in history] == pytest.approx([5.0, 5.4, 0.9 * 5.4 + 0.1 * 1.0])
+    assert seen == [row["train_ema"] for row in history]
+
+
+def test_statistics_are_those_of_the_training_tiles(workplace, tiny, tiles_root):
+    from PIL import Image
+
+    from dataset import read_tiles
+
+    tiles = read_tiles(tiles_root)
+    for tile in tiles:
+        if tile.split == "test":
+            Image.new("RGB", (40, 48), "white").save(tiles_root / tile.image)
+    pixels = np.stack([np.asarray(Image.open(tiles_root / tile.image)) for tile in tiles if tile.split == "train"])
+    statistics = train.prepare_data(tiny).statistics
+    assert statistics.mean == pytest.approx(pixels.mean((0, 1, 2)) / 255)
+
+
+def test_tiles_that_changed_are_noticed_though_the_list_did_not(workplace, tiny, tiles_root):
+    from PIL import Image
+
+    from dataset import read_tiles
+
+    train.start(tiny)
+    tile = next(tile for tile in read_tiles(tiles_root) if tile.split == "train")
+    Image.new("RGB", (40, 48), "purple").save(tiles_root / tile.image)
+    with pytest.raises(UserError, match="changed since this run began"):
+        train.resume(workplace / "runs/tiny", ["train.epochs=4"])
+
+
+def test_groups_that_the_list_does_not_hold_are_said(workplace, tiny, tiles_root, capsys):
+    train.prepare_data(tiny)
+    assert "groups" not in capsys.readouterr().err
+    train.prepare_data(apply_overrides(tiny, ["data.group=(\\d+)$"]))
+    assert "finds other groups" in capsys.readouterr().err
+    text = (tiles_root / "tiles.csv").read_text()
+    for slide in range(6):
+        text = text.replace(f",s{slide},", ",,")
+    (tiles_root / "tiles.csv").write_text(text)
+    train.prepare_data(tiny)
+    assert "has no groups" in capsys.readouterr().err
+
+
 def test_resuming_a_finished_run_changes_nothing(workplace, tiny, capsys):
     train.start(tiny)
     before = state(workplace / "runs/tiny")
@@ -150,8 +261,9 @@ def test_folds_start_from_one_snapshot_and_the_survivor_is_the_lowest_finite(wor
     """A stand-in for the passes: fold losses are given, NaN first; weights and Adam state are marked by each fold."""
     data = train.prepare_data(tiny)
     learner = train.build_learner(tiny, data.statistics)
+    learner.model(torch.randn(2, 3, 16, 16)).sum().backward()
+    learner.optimizer.step()  # so that there is Adam state to keep apart
     start, seen = learner.snapshot(), []
-    given = iter([math.nan, 0.25])
 
     def fake_pass(learner, data, crops, batch_size, training, progress):
         if not training:
@@ -162,12 +274,19 @@ def test_folds_start_from_one_snapshot_and_the_survivor_is_the_lowest_finite(wor
         with torch.no_grad():
             for parameter in learner.model.parameters():
                 parameter.fill_(float(len(seen)))
+                learner.optimizer.state[parameter]["exp_avg"].fill_(float(len(seen)))
         return float(len(seen))
 
     monkeypatch.setattr(train, "pass_over", fake_pass)
-    row = train.run_epoch(learner, data, tiny, epoch=1)
-    assert row["survivor"] == 1 and row["val_loss"] == 0.25 and row["train_loss"] == 2.0
-    assert all((parameter == 2).all() for parameter in learner.model.parameters())
+    for losses, survivor in (([math.nan, 0.25], 1), ([0.25, math.nan], 0), ([0.25, 0.5], 0), ([0.5, 0.25], 1)):
+        given = iter(losses)
+        learner.restore(start)
+        seen.clear()
+        row = train.run_epoch(learner, data, tiny, epoch=1)
+        assert row["survivor"] == survivor and row["val_loss"] == 0.25 and row["train_loss"] == survivor + 1
+        for parameter in learner.model.parameters():
+            assert (parameter == survivor + 1).all()
+            assert (learner.optimizer.state[parameter]["exp_avg"] == survivor + 1).all()
     given = iter([math.nan, math.nan])
     learner.restore(start)
     seen.clear()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from unet import UNet
 
@@ -49,6 +50,33 @@ def test_batch_norm_statistics_are_those_of_the_layer():
         for _ in range(200):
             trained = model(x)
         assert torch.allclose(model.eval()(x), trained, atol=0.02)
+
+
+def test_forward_equals_the_figure_written_out():
+    """Three levels from the state dict alone: max-pool, and the skip in front of the upsampled features."""
+    torch.manual_seed(0)
+    model, x = UNet((3, 4, 5), dropout=0.5).eval(), torch.randn(2, 3, 16, 24)
+    w = {name: torch.randn_like(value).abs() if "running_var" in name else value
+         for name, value in model.state_dict().items()}
+    model.load_state_dict(w)
+
+    def block(name, x):
+        for i in (0, 4):
+            x = F.conv2d(x, w[f"{name}.{i}.weight"], w[f"{name}.{i}.bias"], padding=1)
+            norm = [w[f"{name}.{i + 2}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+            x = F.leaky_relu(F.batch_norm(x, *norm), 0.01)
+        return x
+
+    def up(level, x):
+        return F.conv_transpose2d(x, w[f"up.{level}.weight"], w[f"up.{level}.bias"], stride=2)
+
+    first = block("encoder.0", x)
+    second = block("encoder.1", F.max_pool2d(first, 2))
+    third = block("encoder.2", F.max_pool2d(second, 2))
+    second = block("decoder.1", torch.cat([second, up(1, third)], 1))
+    first = block("decoder.0", torch.cat([first, up(0, second)], 1))
+    expected = F.conv2d(first, w["head.weight"], w["head.bias"])
+    assert torch.allclose(model(x), expected, atol=1e-5)
 
 
 def test_every_parameter_gets_a_gradient():

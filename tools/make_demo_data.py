@@ -20,6 +20,7 @@ A tile depends on the seed, its slide, its number and the size, and not on how m
 import argparse
 import csv
 import os
+import shlex
 import shutil
 import signal
 from collections import Counter
@@ -540,7 +541,7 @@ def report(out: Path, written: list[tuple[dict, np.ndarray]]) -> str:
         table(["defect", "tiles"], [[name, str(counts[name])] for name in ("none", *DEFECTS)]),
         table(["class", "share of the clean masks"], [[n, f"{v:.3f}"] for n, v in zip(CLASSES, shares, strict=True)]),
         "next: python data_filter.py --config configs/demo.yaml"
-        + ("" if out == Path("data/demo") else f" data.root={out}"),
+        + ("" if out == Path("data/demo") else " " + shlex.quote(f"data.root={out}")),
     ])
 
 

@@ -16,6 +16,7 @@ in more than one class: split by patient (data.group), never by tile.
 """
 
 import argparse
+import shlex
 import shutil
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def main() -> None:
     patients = len({key_of(name, path).partition("-")[0] for name, path, _ in pairs})
     print(table(["tiles", "patients", *layout.classes],
                 [[str(len(pairs)), str(patients), *(f"{share:.1%}" for share in pixels / pixels.sum())]]))
-    elsewhere = "" if args.out == Path("data/ebhi") else f" data.root={args.out}"
+    elsewhere = "" if args.out == Path("data/ebhi") else " " + shlex.quote(f"data.root={args.out}")
     print(f"\nwrote {args.out}/frames and {args.out}/masks\n"
           f"next:  python data_filter.py --config configs/ebhi.yaml{elsewhere}")
 

@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all, and folders that one process holds at a time."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from console import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place if the block ends well, and vanishes if it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of `replacing`; only for whoever holds the folder."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+
+
+@contextmanager
+def held(folder: Path, refusal: str = "") -> Iterator[None]:
+    """Hold `folder` for this process; the system frees it however the process ends.
+
+    While another one holds it: a `UserError` that says `refusal`, or without one wait.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if refusal else msvcrt.LK_LOCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except OSError:
+            raise UserError(refusal or f"{folder} is held by another process; try again when it has ended") from None
+        yield
