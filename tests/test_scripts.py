@@ -3,8 +3,13 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, TINY, script
 
 SMALL = ["model.widths=[4,8]", "data.crop=64", "train.epochs=2", "train.folds=2", "train.images_per_epoch=16",
@@ -54,6 +59,38 @@ def test_the_next_command_can_be_pasted(tiles_root, tmp_path):
     out = script("data_filter.py", "--config", "my configs/x.yaml", f"data.root={tiles_root}", *TINY, cwd=tmp_path)
     line = next(line for line in out.stdout.splitlines() if line.startswith("next:"))
     assert shlex.split(line)[3:] == ["--config", "my configs/x.yaml", f"data.root={tiles_root}", *TINY]
+
+
+def test_a_run_killed_at_any_instant_and_resumed_equals_the_uninterrupted_one(tiles_root, tmp_path):
+    """SIGKILL, three times, wherever the process is; then every bit of the last checkpoint is compared."""
+    (tmp_path / "x.yaml").write_text("model: {dropout: 0.5}\n")
+    settings = [*TINY, f"data.root={tiles_root}", "train.epochs=40"]
+    for command in (["data_filter.py", "--config", "x.yaml", *settings],
+                    ["train.py", "--config", "x.yaml", *settings, "name=whole"]):
+        assert script(*command, cwd=tmp_path).returncode == 0
+    arguments, random = ["--config", "x.yaml", *settings, "name=parts"], np.random.default_rng()
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, REPOSITORY / "train.py", *arguments], cwd=tmp_path,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for _ in range(random.integers(1, 12)):  # epochs, then any part of the next one
+            process.stdout.readline()
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        arguments = ["--resume", "runs/parts"]
+    out = script("train.py", *arguments, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    whole, parts = (torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt", weights_only=True)
+                    for name in ("whole", "parts"))
+    assert len(whole["history"]) == len(parts["history"]) == 40
+    for ours, theirs in zip(whole["history"], parts["history"], strict=True):
+        assert all(ours[key] == theirs[key] for key in ours if "loss" in key or "ema" in key or key == "lr")
+    adam = [(state, parts["optimizer"]["state"][i]) for i, state in whole["optimizer"]["state"].items()]
+    for ours, theirs in [(whole["model"], parts["model"]), *adam]:
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert whole["scheduler"] == parts["scheduler"]
+    assert not list((tmp_path / "runs/parts").rglob(".*.tmp"))
 
 
 def test_without_a_terminal_there_are_plain_lines(demo):
