@@ -11,7 +11,7 @@ help:
 	@echo "make clean-demo  remove what the demo wrote: data/demo and runs/demo"
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 .venv/installed: requirements.txt | .venv/bin/python
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt

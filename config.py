@@ -42,8 +42,8 @@ class Data:
     def __post_init__(self):
         for name in ("images", "masks"):
             pattern = getattr(self, name)
-            _check(not pattern.startswith(("/", "\\")) and ".." not in re.split(r"[/\\]", pattern),
-                   f"data.{name} must stay below data.root; it is '{pattern}'")
+            _check(not {"", ".", ".."} & set(pattern.split("/")) and "\\" not in pattern, f"data.{name} must be a "
+                   f"plain path below data.root, such as frames/frame#{{key}}.png; it is '{pattern}'")
             _check(pattern.count("{key}") == 1, f"data.{name} must contain {{key}} exactly once, "
                    f"e.g. frames/frame#{{key}}.png; it is '{pattern}'")
         _check(len(self.classes) >= 2, f"data.classes needs at least two names, it has {len(self.classes)}")
@@ -215,7 +215,7 @@ def apply_overrides(config: Config, overrides: Iterable[str], allowed: Sequence[
         target = values[section[0]] if section else values
         try:
             target[key] = text if kinds[name] is str or _is_literal(kinds[name]) else yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"command line: {name}: cannot read the value '{text}'") from None
     return from_dict(values, "command line" if overrides else "config")
 
@@ -242,7 +242,7 @@ def _read_yaml(path: Path) -> dict:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, bytes that are no text
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None

@@ -24,6 +24,7 @@ from dataset import (
     TILE_LIST,
     Tile,
     find_pairs,
+    groups_are_missing,
     picture_size,
     read_mask,
     read_pair,
@@ -103,10 +104,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    if not config.data.group:
-        warn("data.group is not set, so tiles are split one by one: tiles of one slide or patient can fall into both "
-             "train and test, and scores then flatter. Give a pattern that finds the slide in the key if you can")
     tiles, pixels = filter_tiles(config)
+    if groups_are_missing(tiles):
+        reason = "finds another group in every key" if config.data.group else "is not set"
+        warn(f"data.group {reason}, so tiles are split one by one: tiles of one slide or patient can fall into both "
+             "train and test, and scores then flatter. Give a pattern that finds the slide in the key if you can")
     path = Path(config.data.root) / TILE_LIST
     write_tiles(path, tiles)
     print(summary(tiles, pixels, config.data.classes))

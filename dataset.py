@@ -4,7 +4,8 @@
     group    slide or patient of a tile, found in its key by data.group; groups are never cut by a split or a fold
     store    tiles.u8, all kept tiles as (N, H, W, 4) uint8: red, green, blue and class, mapped into memory
 
-ALL randomness is a function of (seed, epoch, fold, tile): every draw has its own generator, made from these keys.
+ALL randomness is a function of seed, epoch, fold and a tile's place in the fold: every draw has a generator of its own,
+made from these keys.
 """
 
 import csv
@@ -13,6 +14,7 @@ import hashlib
 import io
 import json
 import re
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -65,7 +67,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: no such file; restore it, or run data_filter.py again") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{path}: far more pixels than a tile may have ({MAX_PIXELS:,}); cut it into tiles") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error) as error:
         raise UserError(f"{path}: not a readable image ({error}); replace it or remove the pair") from None
 
 
@@ -197,6 +199,11 @@ def group_of(key: str, pattern: str) -> str:
     return group
 
 
+def groups_are_missing(tiles: Sequence[Tile]) -> bool:
+    """Whether no group has two tiles: none given, or a pattern that finds another in every key."""
+    return len({tile.group or tile.key for tile in tiles}) == len(tiles)
+
+
 def split_by_group(tiles: Sequence[Tile], test_fraction: float, seed: int) -> list[str]:
     """"train" or "test" for each tile; the tiles of a group stay together, a tile without a group is its own.
 
@@ -299,7 +306,7 @@ def open_store(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> np.me
     header = _read_header(path)
     if header is None or header["signature"] != signature:
         with held(root):
-            remove_leftovers(root)
+            remove_leftovers(root, STORE)
             header = _read_header(path)  # another process may have packed meanwhile
             if header is None or header["signature"] != signature:
                 header = _pack(path, root, tiles, greys, signature)

@@ -26,7 +26,7 @@ import torch
 import figures
 import metrics
 import runs
-from config import Config, apply_overrides
+from config import Config, apply_overrides, load_config
 from console import Progress, UserError, run, table, warn
 from dataset import SPLITS, TILE_LIST, Tile, normalise, open_store, read_tiles
 from hardware import choose_device
@@ -165,14 +165,19 @@ class Job:
     checkpoint: runs.Checkpoint
     config: Config
     tiles: list[Tile]  # those of the store
+    store: np.ndarray  # (N, H, W, 4) uint8
     rows: list[int]  # of the store: the test tiles
+    predict: Predict
     device: torch.device
 
 
 def plan(folder: Path, which: str, overrides: Sequence[str]) -> Job:
     """Read and check the checkpoint and the list of tiles of one run."""
     checkpoint = runs.load_checkpoint(folder / "checkpoints" / f"{which}.pt")
-    config = apply_overrides(checkpoint.config, overrides, allowed=MAY_CHANGE)
+    settings = folder / "config.yaml"  # knows where the data lies, should they have moved since the checkpoint
+    current = load_config(settings) if settings.exists() else checkpoint.config
+    config = apply_overrides(checkpoint.config, [f"data.root={current.data.root}", f"device={current.device}",
+                                                 *overrides], allowed=MAY_CHANGE)
     path = Path(config.data.root) / TILE_LIST
     tiles = [tile for tile in read_tiles(path.parent) if tile.split in SPLITS]
     rows = [i for i, tile in enumerate(tiles) if tile.split == "test"]
@@ -181,17 +186,18 @@ def plan(folder: Path, which: str, overrides: Sequence[str]) -> Job:
     if runs.tiles_sha256(config) != checkpoint.tiles_sha256:
         warn(f"{path} is not the list that {folder} was trained with: some of its test tiles may have been training "
              "tiles")
-    return Job(folder, checkpoint, config, tiles, rows, choose_device(config.device))
+    device = choose_device(config.device)
+    return Job(folder, checkpoint, config, tiles, open_store(path.parent, tiles, config.data.greys), rows,
+               predictor(checkpoint, device), device)
 
 
 def evaluate(job: Job, which: str, pictures: int) -> dict:
     """Evaluate one run, write its evaluation folder, return the contents of scores.json."""
-    data, rows, device = job.config.data, job.rows, job.device
-    predict, store = predictor(job.checkpoint, device), open_store(Path(data.root), job.tiles, data.greys)
-    scores = score(predict, store, rows, [job.tiles[i] for i in rows], len(data.classes), device)
-    contents = {"run": job.config.name, "checkpoint": which, "epoch": job.checkpoint.epoch, "split": "test",
+    data, store, rows, device = job.config.data, job.store, job.rows, job.device
+    scores = score(job.predict, store, rows, [job.tiles[i] for i in rows], len(data.classes), device)
+    contents = {"run": job.folder.resolve().name, "checkpoint": which, "epoch": job.checkpoint.epoch, "split": "test",
                 "data_root": data.root, "tiles_sha256": runs.tiles_sha256(job.config), **report(scores, data.classes)}
-    picture = draw_predictions(predict, scores, store, rows, data.classes, pictures, device)
+    picture = draw_predictions(job.predict, scores, store, rows, data.classes, pictures, device)
     write_evaluation(job.folder / "evaluation", contents, tile_rows(scores, data.classes), picture)
     return contents
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from console import UserError
+from console import UserError, warn
 
 
 @contextmanager
@@ -26,10 +26,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left of `replacing`; only for whoever holds the folder."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete what killed processes left of `replacing` the file `name`; only for whoever holds the folder."""
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        if leftover.name.split(".")[-2].isdecimal():
+            leftover.unlink()
 
 
 @contextmanager
@@ -48,6 +49,8 @@ def held(folder: Path, refusal: str = "") -> Iterator[None]:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(refusal or f"{folder} is held by another process; try again when it has ended") from None
+        except OSError as error:  # some network file systems cannot lock
+            warn(f"{folder}: cannot be held for this process alone ({error.strerror}); do not use it twice at a time")
         yield

@@ -14,6 +14,7 @@ numbers and strings only. Files appear whole or not at all, whenever the process
 import csv
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -69,14 +70,17 @@ def refuse_existing(folder: Path) -> None:
                         ", choose another name with name=NAME, or remove the folder")
 
 
-def create_run(folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir()
-    except FileExistsError:  # another process was faster
-        refuse_existing(folder)
+def create_run(folder: Path, config: Config) -> None:
+    """Make the run's folder; it appears at once with its config, so that it can be resumed from the first instant."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     for name in ("checkpoints", "figures"):
-        (folder / name).mkdir()
+        (partial / name).mkdir(parents=True)
+    write_text(partial / "config.yaml", config.to_yaml())
+    try:
+        refuse_existing(folder)  # another process may have been faster
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -99,8 +103,8 @@ def record_start(folder: Path, config: Config, device: torch.device, precision: 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no such run (it has no config.yaml)")
     with held(folder, refusal=f"{folder} is being trained by another process; wait for it or stop it first"):
         for part in (folder, folder / "checkpoints", folder / "figures"):
             remove_leftovers(part)

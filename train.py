@@ -4,15 +4,17 @@
     python train.py --config configs/dice_ce.yaml name=lr3 optim.lr=1e-3 data.root=data/demo
     python train.py --resume runs/dice_ce
 
-One epoch: draw train.images_per_epoch tiles and cut them into k folds. From the same start, train k models, each on
-k - 1 folds, and validate each on its own fold. The one with the lowest validation loss survives: its weights and Adam
-state start the next epoch. Its losses' moving averages drive the learning rate. A resumed run equals an uninterrupted
-one bit for bit (same machine, same number of threads), for all randomness is a function of (seed, epoch, fold, tile).
+One epoch: deal the tiles into k folds and draw train.images_per_epoch / k of each. From the same start, train k models,
+each on k - 1 folds, and validate each on its own fold. The one with the lowest validation loss survives: its weights and
+Adam state start the next epoch. Its losses' moving averages drive the learning rate. A resumed run equals an
+uninterrupted one bit for bit (same machine, same number of threads), for all randomness is a function of seed, epoch,
+fold and a tile's place in the fold.
 """
 
 import argparse
 import copy
 import math
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +39,7 @@ from dataset import (
     Tile,
     draw_folds,
     group_of,
+    groups_are_missing,
     measure,
     normalise,
     open_store,
@@ -62,6 +65,7 @@ class TrainingSet:
     rows: np.ndarray  # (training tiles,) rows of the store
     groups: list[str]  # one for each of `rows`
     statistics: Statistics
+    tiles_sha256: str  # of the list that was read
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,11 @@ def prepare_data(config: Config) -> TrainingSet:
     """Read the cleaned list, pack its tiles where needed, measure the training split."""
     root = Path(config.data.root)
     tiles = [tile for tile in read_tiles(root) if tile.split in SPLITS]
+    sha = runs.tiles_sha256(config)
+    for split in SPLITS:
+        if all(tile.split != split for tile in tiles):
+            raise UserError(f"{root / TILE_LIST}: no tile has split = {split}; run data_filter.py again or mend it")
     rows = np.array([i for i, tile in enumerate(tiles) if tile.split == "train"])
-    if not len(rows):
-        raise UserError(f"{root / TILE_LIST}: no tile has split = train; run data_filter.py again or mend the list")
     groups = [tiles[i].group for i in rows]
     warn_of_groups(config, tiles)
     draw_folds(groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch=1)  # complains early
@@ -102,16 +108,17 @@ def prepare_data(config: Config) -> TrainingSet:
                         f"set data.crop={min(height, width) // multiple * multiple} or a smaller multiple of "
                         f"{multiple}")
     store = open_store(root, tiles, config.data.greys)
-    return TrainingSet(store, rows, groups, measure(store, rows, len(config.data.classes)))
+    return TrainingSet(store, rows, groups, measure(store, rows, len(config.data.classes)), sha)
 
 
 def warn_of_groups(config: Config, tiles: list[Tile]) -> None:
     """The groups are those of tiles.csv; say so where data.group asks for others, or where there are none."""
     path = Path(config.data.root) / TILE_LIST
-    if not any(tile.group for tile in tiles):
-        warn(f"{path} has no groups, so tiles of one slide or patient may be in train, test and several folds; run "
-             "data_filter.py with data.group to keep them together")
-    elif config.data.group and any(group_of(tile.key, config.data.group) != tile.group for tile in tiles):
+    if groups_are_missing(tiles):
+        warn(f"{path} has no group of two tiles, so tiles of one slide or patient may be in train, test and several "
+             "folds; run data_filter.py with a data.group that finds the slide in the key")
+    elif config.data.group and any((re.search(config.data.group, tile.key) is None
+                                    or group_of(tile.key, config.data.group) != tile.group) for tile in tiles):
         warn(f"data.group '{config.data.group}' finds other groups than {path} holds; the list counts. Run "
              "data_filter.py again to change it")
 
@@ -139,7 +146,7 @@ def pass_over(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int
               progress: Progress) -> float:
     """One pass over `crops`, with weight updates if `training`; the mean loss over its images."""
     learner.model.train(training)
-    total = torch.zeros((), device=learner.device)
+    total, seen = torch.zeros((), device=learner.device), 0
     with torch.set_grad_enabled(training):
         for batch in crops.batches(data.store, batch_size):                          # (B, size, size, 4) uint8
             batch = batch.to(learner.device)
@@ -151,8 +158,9 @@ def pass_over(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int
                 loss.backward()
                 learner.optimizer.step()
             total += loss.detach() * len(batch)
-            progress.advance(len(batch), note=f"loss {loss.item():.4f}")
-    return total.item() / len(crops)
+            seen += len(batch)
+            progress.advance(len(batch), note=f"loss {total.item() / seen:.4f}")
+    return total.item() / seen
 
 
 def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -> dict:
@@ -211,7 +219,7 @@ def next_row(learner: Learner, data: TrainingSet, config: Config, history: list[
 
 def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, history: list[dict]) -> None:
     """Run epochs until one of the endings; after each, everything that `--resume` needs is on disk."""
-    sha, drawn = runs.tiles_sha256(config), time.monotonic()
+    drawn = time.monotonic()
     if history:
         runs.write_metrics(folder / "metrics.csv", history)  # a kill may have come before its last row
     while not ending(history, config):
@@ -221,14 +229,14 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
         # best.pt comes first: a run killed between the two repeats the epoch and writes the same again
         for name in ("best", "last") if is_best else ("last",):
             runs.save_checkpoint(folder / "checkpoints" / f"{name}.pt", config=config, statistics=data.statistics,
-                                 history=history, tiles_sha256=sha, model=learner.model.state_dict(),
+                                 history=history, tiles_sha256=data.tiles_sha256, model=learner.model.state_dict(),
                                  optimizer=learner.optimizer.state_dict(), scheduler=learner.scheduler.state_dict())
         runs.write_metrics(folder / "metrics.csv", history)
         if time.monotonic() - drawn > SECONDS_BETWEEN_FIGURES:
             figures.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
             drawn = time.monotonic()
         print(f"epoch {row['epoch']}/{config.train.epochs}  train {row['train_loss']:.4f} (EMA {row['train_ema']:.4f})"
-              f"  validation {row['val_loss']:.4f} (EMA {row['val_ema']:.4f})  fold {row['survivor'] + 1} survives"
+              f"  validation {row['val_loss']:.4f} (EMA {row['val_ema']:.4f})  survivor {row['survivor']}"
               f"  lr {row['lr']:.1e}  {row['seconds']:.1f} s{'  best' if is_best else ''}", flush=True)
     figures.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
     print(f"\n{ending(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv and figures/losses.png\n"
@@ -257,7 +265,7 @@ def start(config: Config) -> None:
     runs.refuse_existing(folder)
     data = prepare_data(config)
     learner = build_learner(config, data.statistics)
-    runs.create_run(folder)
+    runs.create_run(folder, config)
     with runs.locked(folder), resumable(folder):
         runs.record_start(folder, config, learner.device, learner.precision)
         train(learner, data, config, folder, [])
@@ -274,7 +282,7 @@ def resume(folder: Path, overrides: list[str]) -> None:
         data = prepare_data(config)
         learner = build_learner(config, data.statistics)
         if checkpoint:
-            if not (runs.tiles_sha256(config) == checkpoint.tiles_sha256
+            if not (data.tiles_sha256 == checkpoint.tiles_sha256
                     and data.statistics.equals(checkpoint.statistics)):
                 raise UserError(f"{config.data.root}: the tiles or their list changed since this run began, so it "
                                 "cannot be continued; restore them, or start a new run with name=NAME")

@@ -112,6 +112,12 @@ def test_the_named_checkpoint_is_the_one_that_is_scored(trained):
     assert np.sum(last["confusion"], axis=0)[:2].tolist() == [0, 0] and best["confusion"] != last["confusion"]
 
 
+def test_data_that_moved_are_found_where_the_resumed_run_found_them(trained, tmp_path):
+    moved = (tmp_path / "tiles").rename(tmp_path / "moved")
+    train.resume(trained, [f"data.root={moved}"])
+    assert run_evaluation(trained)["data_root"] == str(moved)
+
+
 def test_runs_on_different_tiles_get_tables_of_their_own(trained, tmp_path):
     first = run_evaluation(trained)
     (tmp_path / "tiles/tiles.csv").write_text((tmp_path / "tiles/tiles.csv").read_text() + "\n")

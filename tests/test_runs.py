@@ -79,6 +79,12 @@ def test_a_missing_checkpoint_names_what_is_there(checkpoint):
         runs.load_checkpoint(checkpoint[0].with_name("best.pt"))
 
 
+def a_run(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").touch()
+    return folder
+
+
 def hold(folder, held, done):
     with runs.locked(folder):
         held.set()
@@ -87,6 +93,7 @@ def hold(folder, held, done):
 
 def test_two_processes_cannot_train_one_run(tmp_path):
     context = multiprocessing.get_context("spawn")
+    a_run(tmp_path)
     held, done = context.Event(), context.Event()
     process = context.Process(target=hold, args=(tmp_path, held, done))
     process.start()
@@ -100,11 +107,18 @@ def test_two_processes_cannot_train_one_run(tmp_path):
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    leftover = tmp_path / "checkpoints" / ".last.pt.123.tmp"
+    (a_run(tmp_path) / "checkpoints").mkdir()
+    leftover, other = tmp_path / "checkpoints" / ".last.pt.123.tmp", tmp_path / "checkpoints" / ".precious.tmp"
     leftover.touch()
+    other.touch()
     with runs.locked(tmp_path):
-        assert not leftover.exists()
+        assert not leftover.exists() and other.exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    with pytest.raises(UserError, match="no such run"), runs.locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_is_never_overwritten_and_says_what_it_was_made_with(tmp_path):
@@ -114,7 +128,10 @@ def test_a_run_is_never_overwritten_and_says_what_it_was_made_with(tmp_path):
     config = apply_overrides(CONFIG, [f"data.root={root}"])
     folder = tmp_path / "runs" / "x"
     runs.refuse_existing(folder)
-    runs.create_run(folder)
+    runs.create_run(folder, config)
+    with pytest.raises(UserError, match="not overwritten"):
+        runs.create_run(folder, config)
+    assert [path.name for path in folder.parent.iterdir()] == ["x"]
     for precision in (torch.bfloat16, torch.float32):
         runs.record_start(folder, config, torch.device("cpu"), precision)
     first, environment = json.loads((folder / "environment.json").read_text())

@@ -207,12 +207,14 @@ def test_groups_that_the_list_does_not_hold_are_said(workplace, tiny, tiles_root
     assert "groups" not in capsys.readouterr().err
     train.prepare_data(apply_overrides(tiny, ["data.group=(\\d+)$"]))
     assert "finds other groups" in capsys.readouterr().err
+    train.prepare_data(apply_overrides(tiny, ["data.group=^(patient)"]))
+    assert "finds other groups" in capsys.readouterr().err
     text = (tiles_root / "tiles.csv").read_text()
     for slide in range(6):
         text = text.replace(f",s{slide},", ",,")
     (tiles_root / "tiles.csv").write_text(text)
     train.prepare_data(tiny)
-    assert "has no groups" in capsys.readouterr().err
+    assert "has no group of two tiles" in capsys.readouterr().err
 
 
 def test_resuming_a_finished_run_changes_nothing(workplace, tiny, capsys):
@@ -248,6 +250,13 @@ def test_bad_settings_are_refused_before_a_run_folder_exists(workplace, tiny, ov
     with pytest.raises(UserError, match=expected):
         train.start(apply_overrides(tiny, [override]))
     assert not (workplace / "runs").exists()
+
+
+def test_an_empty_test_split_is_refused_before_training(workplace, tiny, tiles_root):
+    text = (tiles_root / "tiles.csv").read_text()
+    (tiles_root / "tiles.csv").write_text(text.replace(",test", ",train"))
+    with pytest.raises(UserError, match="no tile has split = test"):
+        train.start(tiny)
 
 
 def test_same_seed_same_run_and_another_seed_another(workplace, tiny):
