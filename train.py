@@ -4,11 +4,11 @@
     python train.py --config configs/dice_ce.yaml name=lr3 optim.lr=1e-3 data.root=data/demo
     python train.py --resume runs/dice_ce
 
-One epoch: deal the tiles into k folds and draw train.images_per_epoch / k of each. From the same start, train k models,
-each on k - 1 folds, and validate each on its own. The one with the lowest validation loss survives: its weights and Adam
-state start the next epoch. Its losses' moving averages drive the learning rate. A resumed run equals an uninterrupted
-one bit for bit (same machine, same number of threads), for all randomness is a function of seed, epoch, fold and a
-tile's place in the fold.
+One epoch: deal the tiles into k folds and draw train.images_per_epoch / k of each. From the same start, train k
+models, each on k - 1 folds, and validate each on its own. The one with the lowest validation loss survives: its weights
+and Adam state start the next epoch. Its losses' moving averages drive the learning rate. A resumed run equals an
+uninterrupted one bit for bit (same machine, same number of threads), for all randomness is a function of seed, epoch,
+fold and a tile's place in the fold.
 """
 
 import argparse
