@@ -14,7 +14,6 @@ fold and a tile's place in the fold.
 import argparse
 import copy
 import math
-import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -114,11 +113,14 @@ def prepare_data(config: Config) -> TrainingSet:
 def warn_of_groups(config: Config, tiles: list[Tile]) -> None:
     """The groups are those of tiles.csv; say so where data.group asks for others, or where there are none."""
     path = Path(config.data.root) / TILE_LIST
+    try:
+        agree = all(group_of(tile.key, config.data.group) in ("", tile.group) for tile in tiles)
+    except UserError:  # the pattern finds no group in a key: made for other tiles
+        agree = False
     if groups_are_missing(tiles):
         warn(f"{path} has no group of two tiles, so tiles of one slide or patient may be in train, test and several "
              "folds; run data_filter.py with a data.group that finds the slide in the key")
-    elif config.data.group and any((re.search(config.data.group, tile.key) is None
-                                    or group_of(tile.key, config.data.group) != tile.group) for tile in tiles):
+    elif not agree:
         warn(f"data.group '{config.data.group}' finds other groups than {path} holds; the list counts. Run "
              "data_filter.py again to change it")
 

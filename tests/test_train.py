@@ -207,8 +207,11 @@ def test_groups_that_the_list_does_not_hold_are_said(workplace, tiny, tiles_root
     assert "groups" not in capsys.readouterr().err
     train.prepare_data(apply_overrides(tiny, ["data.group=(\\d+)$"]))
     assert "finds other groups" in capsys.readouterr().err
-    train.prepare_data(apply_overrides(tiny, ["data.group=^(patient)"]))
-    assert "finds other groups" in capsys.readouterr().err
+    for pattern in ("^(patient)", "x*", "(z)?.*"):
+        train.prepare_data(apply_overrides(tiny, [f"data.group={pattern}"]))
+        assert "finds other groups" in capsys.readouterr().err
+    train.prepare_data(apply_overrides(tiny, ["data.group="]))
+    assert "groups" not in capsys.readouterr().err
     text = (tiles_root / "tiles.csv").read_text()
     for slide in range(6):
         text = text.replace(f",s{slide},", ",,")
