@@ -63,17 +63,26 @@ class Data:
 
 @dataclass(frozen=True)
 class Filter:
-    """The report's section 3.2: the 1 % rule and Algorithm 1."""
+    """The report's section 3.2, the 1 % rule and Algorithm 1, and limits for what audit.py adds; `off` is no limit."""
 
     min_foreground: float = 0.01  # below this share of non-background a tile is sparse
     sigma: float = 10.0  # pixels, the Gaussian that closes the gaps in tissue
     blank_intensity: float = 40.0  # smoothed inverted grey below this (of 255) is glass
-    max_blank: float = 0.075  # from this share of annotated glass on a tile is misregistered
+    blank_reference: Literal["absolute", "maximum"] = "absolute"  # 255 (the text) or the tile's maximum (the code)
+    max_blank: float | None = 0.075  # from this share of glass in the annotated tissue on, a tile is misregistered
+    max_unmarked: float | None = None  # from this share of the tile that is tissue called background on: unmarked
+    max_shift: float | None = None  # pixels; from this offset of the mask on, if it is certain, a tile is shifted
+    min_confidence: float = 0.5  # from here on an offset is certain
+    drop_duplicates: bool = False  # keep only the first of the tiles that show the same image
 
     def __post_init__(self):
-        _check(0 <= self.min_foreground <= 1, f"filter.min_foreground is a share; it is {self.min_foreground}")
+        for name in ("min_foreground", "min_confidence"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"filter.{name} is a share from 0 to 1; it is {value}")
         _check(self.sigma > 0, f"filter.sigma must be positive; it is {self.sigma}")
-        _check(self.max_blank >= 0, f"filter.max_blank is a share; it is {self.max_blank}")
+        for name, unit in (("max_blank", "a share"), ("max_unmarked", "a share"), ("max_shift", "a number of pixels")):
+            value = getattr(self, name)
+            _check(value is None or value >= 0, f"filter.{name} is {unit}, or off; it is {value}")
 
 
 @dataclass(frozen=True)
@@ -288,6 +297,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         _check(value in allowed, f"{name} must be one of {', '.join(allowed)}; it is {value!r}"
                + (f" (did you mean '{near[0]}'?)" if near else ""))
         return value
+    if isinstance(kind, types.UnionType):  # float | None
+        off = value is None or value is False or value == "none"  # YAML 1.1 reads `off` as false
+        return None if off else _convert(typing.get_args(kind)[0], value, name)
     if isinstance(kind, types.GenericAlias):
         _check(isinstance(value, list | tuple), f"{name} must be a list such as [1, 2]; it is {value!r}")
         return tuple(_convert(typing.get_args(kind)[0], item, name) for item in value)
@@ -298,6 +310,6 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             number = float("nan")
         _check(number == number and abs(number) != float("inf"), f"{name} must be a number; it is {value!r}")
         return number
-    wanted = {int: "a whole number", str: "text (in YAML put it in quotes)"}[kind]
-    _check(isinstance(value, kind) and not isinstance(value, bool), f"{name} must be {wanted}; it is {value!r}")
+    wanted = {int: "a whole number", str: "text (in YAML put it in quotes)", bool: "true or false"}[kind]
+    _check(type(value) is kind, f"{name} must be {wanted}; it is {value!r}")
     return value

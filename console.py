@@ -48,6 +48,12 @@ class Progress:
         self.bar.close()
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned plain text: the first column to the left, the others to the right."""
     widths = [max(len(cells[i]) for cells in [header, *rows]) for i in range(len(header))]

@@ -13,28 +13,31 @@ import glob
 import hashlib
 import io
 import json
+import math
 import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from console import Progress, UserError
 from files import held, remove_leftovers, replacing
+
+if TYPE_CHECKING:  # the filter and its worker processes need no torch, whose import takes seconds
+    from torch import Tensor
 
 TILE_LIST = "tiles.csv"
 STORE = "tiles.u8"
 LOSSLESS = ("PNG", "TIFF", "BMP")  # formats of masks
 SPLITS = ("train", "test")
-DROPPED = ("sparse", "misregistered")
+DROPPED = ("sparse", "misregistered", "unmarked", "shifted", "duplicate", "corrupt", "excluded")  # the last: by hand
 MAX_PIXELS = 64_000_000  # larger headers are refused before anything is decoded: a small file can hold a huge image
 ORIENTATION = 0x0112  # the EXIF tag
 HEADER_BYTES = 4096  # of the store; one page, so that the pixels stay aligned
@@ -102,8 +105,8 @@ def read_image(path: Path) -> np.ndarray:
     return np.asarray(picture)
 
 
-def read_mask(path: Path, greys: Sequence[int]) -> np.ndarray:
-    """(H, W) uint8 class indices; class k is the grey `greys[k]`, and any other grey is an error.
+def read_greys(path: Path) -> np.ndarray:
+    """(H, W) uint8, the values of a mask as they stand in its file.
 
     Grey and RGB with three equal channels are read exactly. A palette is refused, since its indices and its colours
     are both candidates, and so are JPEG and other formats that smear labels.
@@ -113,30 +116,48 @@ def read_mask(path: Path, greys: Sequence[int]) -> np.ndarray:
         raise UserError(f"{path}: {picture.format} may change the values of a mask; save masks as PNG")
     if picture.mode not in ("L", "RGB"):
         raise UserError(f"{path}: a mask must be 8-bit grey, this one has mode {picture.mode}; convert it so that "
-                        f"every pixel is one of {list(greys)}")
+                        "every pixel is one of data.greys")
     mask = np.asarray(picture)
     if mask.ndim == 3:
         if (mask != mask[..., :1]).any():
             raise UserError(f"{path}: a mask must be grey, this one is coloured; convert it so that every pixel is "
-                            f"one of {list(greys)}")
+                            "one of data.greys")
         mask = mask[..., 0]
+    return mask
+
+
+def count_classes(path: Path, counts: np.ndarray, greys: Sequence[int]) -> np.ndarray:
+    """Pixels of each class (K,) from those of each grey (256,); a grey that is not in `greys` is an error."""
+    unknown = np.setdiff1d(np.flatnonzero(counts), greys)
+    if unknown.size:
+        found = ", ".join(f"{value} ({counts[value]} pixels)" for value in unknown[:5])
+        raise UserError(f"{path}: grey {found}{', …' if unknown.size > 5 else ''} is none of data.greys {list(greys)}; "
+                        "mend the mask or set data.greys and data.classes")
+    return counts[list(greys)]
+
+
+def read_mask(path: Path, greys: Sequence[int]) -> np.ndarray:
+    """(H, W) uint8 class indices; class k is the grey `greys[k]`, and any other grey is an error."""
+    mask = read_greys(path)
     lookup = np.full(256, 255, np.uint8)
     lookup[list(greys)] = np.arange(len(greys))
     labels = lookup[mask]
     if labels.max() == 255:
-        values, counts = np.unique(mask[labels == 255], return_counts=True)
-        found = ", ".join(f"{value} ({count} pixels)" for value, count in list(zip(values, counts, strict=True))[:5])
-        raise UserError(f"{path}: grey {found}{', …' if len(values) > 5 else ''} is none of data.greys {list(greys)}; "
-                        "mend the mask or set data.greys and data.classes")
+        count_classes(path, np.bincount(mask.ravel(), minlength=256), greys)
     return labels
+
+
+def refuse_different_sizes(root: Path, tile: "Tile", image: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    """The sizes are (height, width)."""
+    if image != mask:
+        raise UserError(f"{root / tile.mask}: the mask is {mask[0]} x {mask[1]} pixels (height x width), its image "
+                        f"{root / tile.image} is {image[0]} x {image[1]}; they must agree")
 
 
 def read_pair(root: Path, tile: "Tile", greys: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) and class indices (H, W), both uint8 and of one size."""
     image, mask = read_image(root / tile.image), read_mask(root / tile.mask, greys)
-    if image.shape[:2] != mask.shape:
-        raise UserError(f"{root / tile.mask}: the mask is {mask.shape[0]} x {mask.shape[1]} pixels (height x width), "
-                        f"its image {root / tile.image} is {image.shape[0]} x {image.shape[1]}; they must agree")
+    refuse_different_sizes(root, tile, image.shape[:2], mask.shape)
     return image, mask
 
 
@@ -144,7 +165,7 @@ def read_pair(root: Path, tile: "Tile", greys: Sequence[int]) -> tuple[np.ndarra
 
 @dataclass(frozen=True)
 class Tile:
-    """A row of tiles.csv: a pair, what the filter measured, and its verdict (`split`). Paths are below data.root."""
+    """A row of tiles.csv: a pair, what the filter measured (audit.py), its verdict. Paths are below data.root."""
 
     key: str
     image: str
@@ -152,7 +173,26 @@ class Tile:
     group: str = ""
     foreground: float | None = None  # share of the mask that is not background
     blank: float | None = None  # share of the annotated tissue where the image shows glass (Algorithm 1)
-    split: str = ""  # train, test, or the reason why the tile was dropped
+    unmarked: float | None = None  # share of the tile where the image shows tissue and the mask says background
+    shift_x: float | None = None  # pixels by which the mask lies too far right
+    shift_y: float | None = None  # and too low
+    confidence: float | None = None  # in this shift, from 0 to 1
+    proposed: str = ""  # the filter's verdict
+    split: str = ""  # the verdict in force: train, test, or why the tile is dropped; another one was set by hand
+    note: str = ""
+
+    @property
+    def shift(self) -> float | None:
+        """Pixels by which the mask lies off."""
+        return None if self.shift_x is None or self.shift_y is None else math.hypot(self.shift_x, self.shift_y)
+
+    @property
+    def set_by_hand(self) -> bool:
+        return self.proposed not in ("", self.split)
+
+
+NEEDED_COLUMNS = ("key", "image", "mask", "split")  # of tiles.csv
+MEASUREMENTS = tuple(f.name for f in fields(Tile) if f.type == float | None)
 
 
 def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Tile]:
@@ -173,6 +213,7 @@ def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Til
             partner = root / pattern.replace("{key}", lone[0])
             raise UserError(f"{root / here[lone[0]]}: its {what} {partner} is missing ({len(lone)} of {len(here)} "
                             f"files have no {what}); add it or remove the file")
+    refuse_outside(root, [*found_images.values(), *found_masks.values()])
     return [Tile(key, found_images[key], found_masks[key], group_of(key, group))
             for key in sorted(found_images, key=_natural)]
 
@@ -182,6 +223,19 @@ def _files_by_key(root: Path, pattern: str) -> dict[str, str]:
     paths = (path.relative_to(root).as_posix() for path in root.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
     return {path[len(before):len(path) - len(after)]: path for path in paths
             if not path.rpartition("/")[2].startswith(".")}  # macOS leaves ._NAME beside NAME
+
+
+def refuse_outside(root: Path, paths: Iterable[str]) -> None:
+    """A `UserError` if a path below `root` leads out of it: absolute, by `..` or through a link."""
+    home, folders = root.resolve(), {}
+    for path in paths:
+        file = root / path
+        if file.parent not in folders:
+            folders[file.parent] = file.parent.resolve()
+        real = file.resolve() if file.is_symlink() else folders[file.parent] / file.name
+        if ".." in file.parts[len(root.parts):] or not real.is_relative_to(home):
+            raise UserError(f"{file}: leads out of the data folder {home}, to {real}; move or copy the files below "
+                            "it, or set data.root to the folder that holds them")
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
@@ -240,7 +294,7 @@ def write_tiles(path: Path, tiles: Sequence[Tile]) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         for tile in tiles:
-            writer.writerow({name: "" if value is None else f"{value:.6f}" if isinstance(value, float) else value
+            writer.writerow({name: "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
                              for name, value in asdict(tile).items()})
 
 
@@ -256,10 +310,10 @@ def read_tiles(root: Path) -> list[Tile]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
         rows = csv.DictReader(io.StringIO(text), delimiter=";" if text.startswith("key;") else ",")
-        missing = [f.name for f in fields(Tile) if f.name not in (rows.fieldnames or ())]
+        missing = [name for name in NEEDED_COLUMNS if name not in (rows.fieldnames or ())]
         if missing:
             raise UserError(f"{path}: expected the columns {', '.join(f.name for f in fields(Tile))}; missing: "
-                            f"{', '.join(missing)}. Restore the first line, or run data_filter.py again")
+                            f"{', '.join(missing)}. Restore the first line, or delete the file and run data_filter.py")
         tiles = [_tile_of(row, f"{path} line {rows.line_num}") for row in rows if any(row.values())]
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; save it as CSV UTF-8") from None
@@ -269,6 +323,7 @@ def read_tiles(root: Path) -> list[Tile]:
         value, count = Counter(getattr(tile, name) for tile in tiles).most_common(1)[0] if tiles else ("", 0)
         if count > 1:
             raise UserError(f"{path}: the {name} '{value}' stands in {count} rows; keep one")
+    refuse_outside(root, [path for tile in tiles for path in (tile.image, tile.mask)])
     in_test = {tile.group for tile in tiles if tile.split == "test"} - {""}
     both = in_test & {tile.group for tile in tiles if tile.split == "train"}
     if both:
@@ -277,21 +332,22 @@ def read_tiles(root: Path) -> list[Tile]:
 
 
 def _tile_of(row: dict, where: str) -> Tile:
-    values = {f.name: row[f.name] for f in fields(Tile)}
-    if None in values.values() or None in row:
-        raise UserError(f"{where}: expected {len(values)} columns, as in the first line")
-    if values["split"] not in SPLITS + DROPPED:
-        raise UserError(f"{where}: split is '{values['split']}'; expected one of {', '.join(SPLITS + DROPPED)}")
+    if None in row.values() or None in row:
+        raise UserError(f"{where}: expected {len(row) - (None in row)} columns, as in the first line")
+    values = {f.name: row[f.name] for f in fields(Tile) if f.name in row}
+    for name in ("split", "proposed"):
+        value = values.get(name, "")
+        if value not in SPLITS + DROPPED and (name == "split" or value):
+            raise UserError(f"{where}: {name} is '{value}'; expected one of {', '.join(SPLITS + DROPPED)}")
     for name in ("image", "mask"):
         if Path(values[name]).is_absolute() or ".." in Path(values[name]).parts:
             raise UserError(f"{where}: {name} '{values[name]}' leaves the data folder; give a path below it")
-    try:
-        shares = {name: float(values[name].replace(",", ".")) if values[name] else None  # 0,5 in some spreadsheets
-                  for name in ("foreground", "blank")}
-    except ValueError:
-        raise UserError(f"{where}: foreground and blank must be numbers or empty; they are "
-                        f"'{values['foreground']}' and '{values['blank']}'") from None
-    return Tile(**{**values, **shares})
+    for name in MEASUREMENTS:
+        try:  # 0,5 in some spreadsheets
+            values[name] = float(values[name].replace(",", ".")) if values.get(name) else None
+        except ValueError:
+            raise UserError(f"{where}: {name} must be a number or empty; it is '{values[name]}'") from None
+    return Tile(**values)
 
 
 # ---------------------------------------------------------------------------------------------- the packed store
@@ -379,10 +435,10 @@ def measure(store: np.ndarray, rows: Sequence[int], classes: int) -> Statistics:
     return Statistics(mean.tolist(), std.tolist(), (histograms[3, :classes] / pixels).tolist())
 
 
-def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
+def normalise(pixels: "Tensor", statistics: Statistics) -> "Tensor":
     """Images (B, H, W, 3) uint8 to the network's input (B, 3, H, W), channels last in memory (section 5.1.1)."""
-    mean, std = (torch.tensor(values, device=pixels.device) for values in (statistics.mean, statistics.std))
-    return ((pixels / 255 - mean) / std).movedim(-1, 1)
+    shares = pixels / 255
+    return ((shares - shares.new_tensor(statistics.mean)) / shares.new_tensor(statistics.std)).movedim(-1, 1)
 
 
 def draw_folds(groups: Sequence[str], folds: int, images_per_epoch: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -416,7 +472,7 @@ class Crops:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batches(self, store: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, store: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         """(B, size, size, 4) uint8 batches in order; the last one may be smaller."""
         for start in range(0, len(self), batch_size):
             stop = min(start + batch_size, len(self))
@@ -426,7 +482,7 @@ class Crops:
                 window = store[self.rows[i], top:top + self.size, left:left + self.size]
                 step = (-1 if self.flip_vertical[i] else 1), (-1 if self.flip_horizontal[i] else 1)
                 batch[slot] = window[::step[0], ::step[1]]
-            yield torch.from_numpy(batch)
+            yield batch
 
 
 def training_crops(folds: Sequence[np.ndarray], fold: int, tile_size: tuple[int, int], size: int,

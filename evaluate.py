@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import runs
 from config import Config, apply_overrides, load_config
 from console import Progress, UserError, run, table, warn
 from dataset import SPLITS, TILE_LIST, Tile, normalise, open_store, read_tiles
+from files import replacing_folder, write_text
 from hardware import choose_device
 from inference import mirrored_logits
 from losses import soft_dice
@@ -127,21 +127,13 @@ def tile_rows(scores: Scores, classes: Sequence[str]) -> list[dict]:
 
 def write_evaluation(folder: Path, contents: dict, rows: list[dict], picture: figures.Figure) -> None:
     """Replace the folder whole: an evaluation is never half an old one."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    runs.write_text(partial / "scores.json", json.dumps(contents, indent=2) + "\n")
-    with (partial / "tiles.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    figures.save(picture, partial / "predictions.png")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.replace(old)
-    partial.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(folder) as partial:
+        write_text(partial / "scores.json", json.dumps(contents, indent=2) + "\n")
+        with (partial / "tiles.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        figures.save(picture, partial / "predictions.png")
 
 
 def draw_predictions(predict: Predict, scores: Scores, store: np.ndarray, rows: Sequence[int], classes: Sequence[str],

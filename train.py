@@ -151,7 +151,7 @@ def pass_over(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int
     total, seen = torch.zeros((), device=learner.device), 0
     with torch.set_grad_enabled(training):
         for batch in crops.batches(data.store, batch_size):                          # (B, size, size, 4) uint8
-            batch = batch.to(learner.device)
+            batch = torch.from_numpy(batch).to(learner.device)
             with autocast(learner.device, learner.precision):
                 logits = learner.model(normalise(batch[..., :3], data.statistics))   # (B, K, size, size)
             loss = learner.loss(logits, batch[..., 3].long())

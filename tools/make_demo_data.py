@@ -22,12 +22,9 @@ import csv
 import os
 import shlex
 import shutil
-import signal
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import lru_cache
-from multiprocessing import get_context
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +33,7 @@ from PIL import Image
 from scipy import ndimage
 
 from console import Progress, UserError, run, table
+from parallel import cores, spread
 
 CLASSES = ("background", "tissue", "tumour")
 GREYS = np.array([26, 51, 77], np.uint8)
@@ -493,9 +491,9 @@ def make_tile(seed: int, slide: int, number: int, size: int) -> Tile:
     return Tile(image, written, clean, row)
 
 
-def write_tile(out: Path, seed: int, slide: int, number: int, size: int) -> tuple[dict, np.ndarray]:
-    """Write image, mask and clean mask of one tile; returns its row of truth.csv and its clean shares (3,)."""
-    tile = make_tile(seed, slide, number, size)
+def write_tile(out: Path, seed: int, size: int, place: tuple[int, int]) -> tuple[dict, np.ndarray]:
+    """Write image, mask and clean mask of the tile (slide, number); its row of truth.csv and its clean shares (3,)."""
+    tile = make_tile(seed, *place, size)
     key = tile.row["key"]
     for name, pixels in ((f"frames/frame#{key}.png", tile.image), (f"masks/mask#{key}.png", GREYS[tile.written]),
                          (f"truth/mask#{key}.png", GREYS[tile.clean])):
@@ -503,28 +501,16 @@ def write_tile(out: Path, seed: int, slide: int, number: int, size: int) -> tupl
     return tile.row, np.bincount(tile.clean.ravel(), minlength=3) / size**2
 
 
-def ignore_interrupt() -> None:
-    """For workers: on Ctrl-C only the parent speaks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def write_tiles(out: Path, tiles: int, slides: int, size: int, seed: int) -> list[tuple[dict, np.ndarray]]:
     """Write all tiles into the existing folder `out`; returns what `write_tile` returns, in order of the keys."""
     for name in ("frames", "masks", "truth"):
         (out / name).mkdir()
     jobs = sorted((index % slides, index // slides) for index in range(tiles))
-    # one BLAS thread per worker: the workers share the cores already; a spawned worker reads this when it starts
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, tiles), get_context("spawn"), ignore_interrupt)
-    try:
-        with Progress("draw", total=tiles, unit="tile") as progress:
-            futures = [pool.submit(write_tile, out, seed, slide, number, size) for slide, number in jobs]
-            for future in as_completed(futures):
-                future.result()
-                progress.advance()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    written = [future.result() for future in futures]
+    written = []
+    with spread(min(cores(), tiles)) as over, Progress("draw", total=tiles, unit="tile") as progress:
+        for row_and_shares in over(partial(write_tile, out, seed, size), jobs):
+            written.append(row_and_shares)
+            progress.advance()
     with (out / "truth.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
