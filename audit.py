@@ -23,7 +23,9 @@ BLOCK = 64  # rows of a banded matrix that are multiplied at once
 FEW = 40  # pixels that are computed again one by one; more of them cost less with the whole tile
 CELLS = 64  # along the shorter side of a tile, when its mask is laid on its image
 OVERLAP = 0.5  # share of the tile on which a shifted mask must still lie
-FLAT = 1e-3  # a map with less variance than this share of its own on the whole tile has nothing to align
+FARNESS = 0.05  # by how much a shift across the whole tile must correlate better than none
+FLAT_IMAGE, FLAT_MASK = 1.0, 0.01  # deviations, of greys and of shares, below which there is nothing to align
+FLAT_PART = 1e-3  # share of the whole tile's sum of squares, below which an overlap shows nothing to align
 
 
 def verdict(tile: Tile, limits: Filter) -> str:
@@ -50,8 +52,8 @@ def measure(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[str, 
     meant, and done here, is the count of annotated pixels. `unmarked` is a share of the tile, since a share of the
     annotated background would be large wherever there is little background.
     """
-    smooth, glass = find_glass(image, limits)
-    shift_x, shift_y, confidence = misalignment(smooth, tissue) or (None, None, None)
+    glass = find_glass(image, limits)
+    shift_x, shift_y, confidence = misalignment(image, tissue, limits.sigma) or (None, None, None)
     return {"blank": float(np.count_nonzero(glass & tissue) / np.count_nonzero(tissue)),
             "unmarked": float(np.count_nonzero(~(glass | tissue)) / tissue.size),
             "shift_x": shift_x, "shift_y": shift_y, "confidence": confidence}
@@ -59,8 +61,8 @@ def measure(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[str, 
 
 # ---------------------------------------------------------------------------------------------- glass and tissue
 
-def find_glass(image: np.ndarray, limits: Filter) -> tuple[np.ndarray, np.ndarray]:
-    """The smoothed inverted grey (H, W) float32 of an image (H, W, 3) uint8, and where it shows glass (H, W) bool.
+def find_glass(image: np.ndarray, limits: Filter) -> np.ndarray:
+    """Where an image (H, W, 3) uint8 shows glass: (H, W) bool, lines 2 to 6 of Algorithm 1.
 
     Glass is where the smoothed inverted grey lies below `blank_intensity`; with blank_reference = maximum both are
     divided, by the tile's maximum and by 255, as in the report's code. What is white throughout is glass in both.
@@ -70,12 +72,18 @@ def find_glass(image: np.ndarray, limits: Filter) -> tuple[np.ndarray, np.ndarra
     if limits.blank_reference == "maximum":
         scale, limit = _exact(image, smooth >= smooth.max() - 2 * error, limits.sigma).max(), limit / 255
         if scale == 0:
-            return smooth, np.ones(smooth.shape, bool)
+            return np.ones(smooth.shape, bool)
     glass = smooth < limit * scale
     near = np.abs(smooth - limit * scale) <= error
     if near.any():
         glass[near] = _exact(image, near, limits.sigma) / scale < limit
-    return smooth, glass
+    return glass
+
+
+def inverted_sum(image: np.ndarray) -> np.ndarray:
+    """765 less the sum of red, green and blue, (H, W) float32: whole numbers, exact."""
+    total = image.reshape(-1, 3).astype(np.float32) @ np.ones(3, np.float32)
+    return (765 - total).reshape(image.shape[:2])
 
 
 def smooth_inverted(image: np.ndarray, sigma: float) -> tuple[np.ndarray, float]:
@@ -83,8 +91,7 @@ def smooth_inverted(image: np.ndarray, sigma: float) -> tuple[np.ndarray, float]
 
     The bound is that of float32 sums in any order: one rounding of 2^-24 for each term of either product.
     """
-    total = image.reshape(-1, 3).astype(np.float32) @ np.ones(3, np.float32)             # (H * W,), whole numbers
-    inverted = ((765 - total) / 3).reshape(image.shape[:2])                              # (H, W)
+    inverted = inverted_sum(image) / 3                                                   # (H, W)
     height, width = inverted.shape
     half = _multiply(_banded_gaussian(width, sigma), inverted.T)                         # (W, H)
     error = 255 * 2.0**-24 * (2 * (2 * _radius(sigma) + 1) + 6)
@@ -132,38 +139,46 @@ def _exact(image: np.ndarray, where: np.ndarray, sigma: float) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------- shift of the mask
 
-def misalignment(smooth: np.ndarray, tissue: np.ndarray) -> tuple[float, float, float] | None:
-    """How far the mask's tissue (H, W) bool lies off the image's, `smooth` (H, W): pixels to the right, pixels down,
-    and a confidence from 0 to 1; None where either is flat.
+def misalignment(image: np.ndarray, tissue: np.ndarray, sigma: float) -> tuple[float, float, float] | None:
+    """How far the mask's tissue (H, W) bool lies off that of the image (H, W, 3) uint8: pixels to the right, pixels
+    down, and a confidence from 0 to 1; None where either is flat.
 
-    The shift is the one with the highest normalised cross-correlation on the part where tile and shifted mask overlap
-    (Padfield 2012, "Masked object registration in the Fourier domain"), on cells of about 1/64 of the tile, refined by
-    a parabola. With r the correlation there and r0 the one without a shift, the confidence is
+    The image's tissue is its inverted grey, smoothed as in Algorithm 1. The shift is the one with the highest
+    normalised cross-correlation on the part where tile and shifted mask overlap (Padfield 2012, "Masked object
+    registration in the Fourier domain"), on cells of about 1/64 of the tile, refined by a parabola; of two that are
+    nearly as good it is the nearer one. With r the correlation there and r0 the one without a shift, the confidence is
     1 - (1 - r^2) / (1 - r0^2): the share of what the mask does not explain of the image that it explains once shifted.
     """
     cell = max(1, round(min(tissue.shape) / CELLS))
-    correlation = _correlation(_cells(smooth, cell), _cells(tissue, cell))
-    if correlation[0, 0] < -1:
+    of_image = gaussian_filter(_cells(inverted_sum(image), cell) / 3, sigma / cell)
+    of_mask = _cells(tissue, cell)
+    if of_image.std() < FLAT_IMAGE or of_mask.std() < FLAT_MASK:
         return None
-    best = np.unravel_index(correlation.argmax(), correlation.shape)
+    correlation = _correlation(of_image, of_mask)
+    steps = np.meshgrid(*(np.fft.fftfreq(length, 1 / length) for length in correlation.shape), indexing="ij")
+    penalty = FARNESS * np.hypot(*steps) * cell / min(tissue.shape)
+    best = np.unravel_index((correlation - penalty).argmax(), correlation.shape)
     shift = []
-    for axis, length in enumerate(correlation.shape):
+    for axis in (0, 1):
         before, after = (correlation[tuple(np.add(best, step) % correlation.shape)]
                          for step in (-np.eye(2, dtype=int)[axis], np.eye(2, dtype=int)[axis]))
         curvature = before - 2 * correlation[best] + after
         inner = min(before, after) >= -1 and curvature < 0
-        steps = best[axis] - length * (best[axis] > length // 2) + ((before - after) / (2 * curvature) if inner else 0)
-        shift.append(round(float(-steps * cell), 1) + 0.0)  # the mask moves back by what it lies off; no -0.0
+        moved = steps[axis][best] + ((before - after) / (2 * curvature) if inner else 0)
+        shift.append(round(float(-moved * cell), 1) + 0.0)  # the mask moves back by what it lies off; no -0.0
     aligned, as_is = min(correlation[best], 1), np.clip(correlation[0, 0], 0, 1)
     confidence = 1 - (1 - aligned**2) / (1 - as_is**2) if as_is < 1 else 0.0
-    return shift[1], shift[0], float(max(0.0, confidence))
+    return shift[1], shift[0], round(float(max(0.0, confidence)), 4) + 0.0
 
 
 def _cells(values: np.ndarray, cell: int) -> np.ndarray:
-    """Means over squares of `cell` pixels; what is left at the lower and right edge is cut off."""
+    """Means of whole numbers (H, W) over squares of `cell` pixels, float64; the lower and right remainder is cut off.
+
+    The sums are exact, so that no processor or number of threads changes a measurement.
+    """
     height, width = (length // cell for length in values.shape)
-    rows = values[:height * cell, :width * cell].reshape(height, cell, -1).mean(axis=1, dtype=np.float32)
-    return rows.reshape(height, width, cell).mean(axis=2)
+    rows = values[:height * cell, :width * cell].reshape(height, cell, -1).sum(axis=1, dtype=np.float32)
+    return rows.reshape(height, width, cell).sum(axis=2, dtype=np.float64) / cell**2
 
 
 def _correlation(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -184,8 +199,8 @@ def _correlation(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     image_variance = sums(spectrum(image**2), everywhere) - image_sum**2 / count
     mask_variance = sums(everywhere, spectrum(mask**2)) - mask_sum**2 / count
     covariance = sums(of_image, of_mask) - image_sum * mask_sum / count
-    usable = ((count >= OVERLAP * image.size) & (image_variance > max(1e-6, FLAT * image_variance[0, 0]))
-              & (mask_variance > max(1e-6, FLAT * mask_variance[0, 0])))
+    usable = ((count >= OVERLAP * image.size) & (image_variance > FLAT_PART * image_variance[0, 0])
+              & (mask_variance > FLAT_PART * mask_variance[0, 0]))
     correlation = np.full(shape, -2.0)
     np.divide(covariance, np.sqrt(np.maximum(image_variance * mask_variance, 0)), out=correlation, where=usable)
     return correlation

@@ -74,5 +74,5 @@ def tiny(tiles_root):
     from dataset import TILE_LIST, write_tiles
 
     settings = config.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={tiles_root}"])
-    write_tiles(tiles_root / TILE_LIST, data_filter.filter_tiles(settings)[0])
+    write_tiles(tiles_root / TILE_LIST, data_filter.filter_tiles(settings).tiles)
     return settings

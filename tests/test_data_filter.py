@@ -1,43 +1,22 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import GREYS, write_pairs
+from conftest import GREYS, REPOSITORY, script, write_pairs
 from PIL import Image
 
 import data_filter
 from config import Config, Data, Filter
 from console import UserError
-from data_filter import blank_share, filter_tiles, summary
-
-
-def literal_algorithm_1(image, mask, sigma, blank_intensity):
-    """Algorithm 1 line by line, with a convolution of our own and the divisor that is meant in line 8."""
-    grey = np.array([[sum(map(int, pixel)) / 3 for pixel in row] for row in image])
-    inverted = 255 - grey
-    radius = int(4 * sigma + 0.5)
-    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    kernel /= kernel.sum()
-    for _ in range(2):
-        padded = np.pad(inverted, ((radius, radius), (0, 0)), mode="symmetric")
-        inverted = np.stack([kernel @ padded[i:i + len(kernel)] for i in range(len(inverted))]).T
-    tissue_px = inverted[(mask == 1) | (mask == 2)]
-    return (tissue_px < blank_intensity).sum() / tissue_px.size
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_blank_share_equals_the_algorithm_line_by_line(seed):
-    random = np.random.default_rng(seed)
-    image = np.full((60, 70, 3), 240, np.uint8)
-    image[:, :35] = random.integers(60, 220, (60, 35, 3))
-    mask = np.zeros((60, 70), np.uint8)
-    mask[5:50, 5 + 5 * seed:40 + 5 * seed] = random.integers(1, 3, (45, 35))
-    share = blank_share(image, mask > 0, sigma=4, blank_intensity=40)
-    assert share == pytest.approx(literal_algorithm_1(image, mask, 4, 40), abs=1e-12) and 0 <= share < 1
-
-
-def test_without_tissue_there_is_no_share():
-    assert np.isnan(blank_share(np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), bool), 2, 40))
+from data_filter import differences, filter_tiles, honour_hand
+from dataset import SPLITS, Tile, read_tiles, write_tiles
+from filter_report import nearness, preflight, sheets, verdicts
 
 
 def planted(root):
@@ -59,54 +38,36 @@ def planted(root):
 
 def test_every_tile_stays_listed_with_its_numbers_and_verdict(tmp_path):
     config = planted(tmp_path)
-    tiles, pixels = filter_tiles(config)
-    found = {tile.key: tile for tile in tiles}
+    result = filter_tiles(config)
+    found = {tile.key: tile for tile in result.tiles}
     assert {key for key, tile in found.items() if tile.split == "sparse"} == {"a-empty", "b-below"}
     assert {key for key, tile in found.items() if tile.split == "misregistered"} == {"c-glass"}
     assert sorted(found[key].split for key in ("a-good", "b-above", "c-good")) == ["test", "train", "train"]
     assert found["b-above"].foreground == pytest.approx(0.01) and found["b-below"].foreground < 0.01
     assert found["c-glass"].blank == pytest.approx(0.5, abs=0.05) and found["c-good"].blank == 0
-    assert found["a-empty"].blank is None
-    assert pixels.sum(1).tolist() == [40_000] * 6
-    text = summary(tiles, pixels, config.data.classes)
+    assert found["b-above"].unmarked == pytest.approx(0.99) and found["a-empty"].blank is None
+    assert all(tile.proposed == tile.split for tile in result.tiles)
+    assert result.pixels.sum(1).tolist() == [40_000] * 6 and result.size == (200, 200)
+    text = verdicts(result, config.data.classes)
     assert "sparse" in text and text.splitlines()[-1].split()[:2] == ["all", "6"]
 
 
 def test_groups_of_the_pattern_reach_the_list_and_are_not_cut(tmp_path):
     write_pairs(tmp_path, 20, slides=5)
     for seed in range(5):
-        tiles, _ = filter_tiles(Config(seed=seed, data=Data(root=str(tmp_path), group=r"^(s\d+)", test_fraction=0.3)))
+        config = Config(seed=seed, data=Data(root=str(tmp_path), group=r"^(s\d+)", test_fraction=0.3))
+        tiles = filter_tiles(config).tiles
         sides = [{tile.group for tile in tiles if tile.split == split} for split in ("train", "test")]
         assert sides[0] | sides[1] == {f"s{i}" for i in range(5)} and not sides[0] & sides[1]
 
 
-def test_tiles_of_two_sizes_are_refused(tmp_path):
-    write_pairs(tmp_path, 2)
-    for folder, mode in (("frames/frame", "RGB"), ("masks/mask", "L")):
-        Image.new(mode, (60, 60), 51 if mode == "L" else "purple").save(tmp_path / f"{folder}#1.png")
-    with pytest.raises(UserError, match="tiles must be of one size"):
-        filter_tiles(Config(data=Data(root=str(tmp_path))))
-
-
 def test_thresholds_are_those_of_the_config(tmp_path):
     config = planted(tmp_path)
-    tiles, _ = filter_tiles(replace(config, filter=Filter(min_foreground=0.005, max_blank=1.0)))
+    tiles = filter_tiles(replace(config, filter=Filter(min_foreground=0.005, max_blank=None))).tiles
     assert [tile.key for tile in tiles if tile.split == "sparse"] == ["a-empty"]
     assert not [tile.key for tile in tiles if tile.split == "misregistered"]
-
-
-def test_nothing_kept_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="none of 6 tiles passes"):
-        filter_tiles(replace(planted(tmp_path), filter=Filter(min_foreground=1.0, max_blank=0.0)))
-
-
-@pytest.mark.parametrize("foreground", [True, False], ids=["kept", "sparse"])
-def test_image_and_mask_of_different_sizes(tmp_path, foreground):
-    write_pairs(tmp_path, 2)
-    mask = np.full((40, 48), 51 if foreground else 26, np.uint8)
-    Image.fromarray(mask).save(tmp_path / "masks/mask#1.png")
-    with pytest.raises(UserError, match=r"mask#1.png: the mask is 40 x 48 .* is 48 x 40"):
-        filter_tiles(Config(data=Data(root=str(tmp_path))))
+    tiles = filter_tiles(replace(config, filter=Filter(max_unmarked=0.5))).tiles
+    assert [tile.key for tile in tiles if tile.split == "unmarked"] == ["b-above"]
 
 
 def test_the_sparse_rule_spares_decoding_the_image(tmp_path, monkeypatch):
@@ -116,3 +77,284 @@ def test_the_sparse_rule_spares_decoding_the_image(tmp_path, monkeypatch):
                         or original(root, tile, greys))
     filter_tiles(config)
     assert sorted(read) == ["a-good", "b-above", "c-glass", "c-good"]
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    config = planted(tmp_path)
+    ours, theirs = filter_tiles(config, workers=1), filter_tiles(config, workers=2)
+    assert ours.tiles == theirs.tiles and ours.copies == theirs.copies
+    assert (ours.pixels == theirs.pixels).all() and (ours.greys == theirs.greys).all()
+
+
+# ---------------------------------------------------------------------------------------------- copies
+
+def test_copies_are_found_by_content_and_dropped_where_asked(tmp_path):
+    write_pairs(tmp_path, 12, slides=4)
+    image = Image.open(tmp_path / "frames/frame#s0-0.png")
+    image.save(tmp_path / "frames/frame#s3-7.png", compress_level=1)  # other bytes, same pixels, another group
+    config = Config(data=Data(root=str(tmp_path), group=r"^(s\d)"))
+    result = filter_tiles(config)
+    assert result.copies == [["s0-0", "s3-7"]]
+    assert "1 images stand under more than one key, 1 of them in more than one group" in preflight(result, config)
+    copy = next(tile for tile in result.tiles if tile.key == "s3-7")
+    assert copy.split in SPLITS and copy.note == "same image as s0-0"
+    result = filter_tiles(replace(config, filter=Filter(drop_duplicates=True)))
+    assert [tile.key for tile in result.tiles if tile.split == "duplicate"] == ["s3-7"]
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+def spoil(root):
+    """Six ways in which a file can be broken; the keys and a word of each reason."""
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-200])
+
+    cut(root / "frames/frame#1.png")
+    (root / "masks/mask#2.png").write_bytes(b"not an image")
+    grey = np.full((48, 40), 26, np.uint8)
+    grey[0, 0] = 99
+    Image.fromarray(grey).save(root / "masks/mask#3.png")
+    Image.new("L", (40, 47), 51).save(root / "masks/mask#4.png")
+    for folder, mode in (("frames/frame", "RGB"), ("masks/mask", "L")):
+        Image.new(mode, (60, 60), 51 if mode == "L" else "purple").save(root / f"{folder}#5.png")
+    Image.new("L", (40, 48)).save(root / "frames/frame#6.png")
+    return {"1": "not a readable image", "2": "not a readable image", "3": "grey 99 (1 pixels)", "4": "47 x 40",
+            "5": "60 x 60", "6": "must be 8-bit RGB"}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_corrupt_tiles_are_listed_and_stop_the_run_after_all_were_judged(tmp_path, workers):
+    write_pairs(tmp_path / "tiles", 20)
+    reasons = spoil(tmp_path / "tiles")
+    (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
+    run = ["data_filter.py", "--config", "x.yaml", "--workers", workers]
+    out = script(*run, cwd=tmp_path)
+    assert out.returncode == 2 and "error: 6 of 20 tiles are corrupt" in out.stderr
+    for key, reason in reasons.items():
+        assert [line for line in out.stderr.splitlines() if f"#{key}.png" in line and reason in line], key
+    assert not (tmp_path / "tiles/tiles.csv").exists()
+    out = script(*run, "--skip-corrupt", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    tiles = {tile.key: tile for tile in read_tiles(tmp_path / "tiles")}
+    assert {key for key, tile in tiles.items() if tile.split == "corrupt"} == set(reasons)
+    assert all(reason in tiles[key].note for key, reason in reasons.items())
+    assert sum(tile.split in SPLITS for tile in tiles.values()) == 14
+
+
+def test_masks_in_other_greys_are_the_configs_fault_and_counted(tmp_path):
+    write_pairs(tmp_path, 8)
+    for path in (tmp_path / "masks").iterdir():
+        mask = np.zeros((48, 40), np.uint8)
+        mask[:24] = 255
+        mask[:12] = 128
+        Image.fromarray(mask).save(path)
+    with pytest.raises(UserError, match=r"8 of 8 masks hold a grey .* 0 \(50.0% of the pixels, in 8 masks\), 128 "
+                                        r"\(25.0%.*Try data.greys=\[0,128,255\]"):
+        filter_tiles(Config(data=Data(root=str(tmp_path))))
+
+
+def test_without_a_common_size_there_is_nothing_to_judge(tmp_path):
+    write_pairs(tmp_path, 4)
+    for folder, mode in (("frames/frame", "RGB"), ("masks/mask", "L")):
+        for key in (1, 3):
+            Image.new(mode, (60, 50), 51 if mode == "L" else "purple").save(tmp_path / f"{folder}#{key}.png")
+    with pytest.raises(UserError, match=r"one size \(height x width\); found 48 x 40 \(2 tiles\), 50 x 60 \(2 tiles\)"):
+        filter_tiles(Config(data=Data(root=str(tmp_path))))
+
+
+def test_when_nothing_can_be_read_one_line_says_so(tmp_path):
+    write_pairs(tmp_path, 3)
+    for path in (tmp_path / "masks").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of 3 pairs can be read; the first: .*mask#0.png"):
+        filter_tiles(Config(data=Data(root=str(tmp_path))))
+
+
+def test_nothing_kept_is_an_error_with_pictures_to_look_at(tmp_path):
+    planted(tmp_path / "tiles")
+    (tmp_path / "x.yaml").write_text("data: {root: tiles}\nfilter: {min_foreground: 1.0, max_blank: 0.0}\n")
+    out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    assert out.returncode == 2 and "none of 6 tiles passes" in out.stderr
+    assert (tmp_path / "tiles/filter/dropped_misregistered.png").exists()
+    assert not (tmp_path / "tiles/tiles.csv").exists()
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_links_out_of_the_data_folder_are_refused(tmp_path, what):
+    write_pairs(tmp_path / "elsewhere", 3)
+    root = tmp_path / "tiles"
+    if what == "folder":
+        root.mkdir()
+        for name in ("frames", "masks"):
+            (root / name).symlink_to(tmp_path / "elsewhere" / name)
+    else:
+        write_pairs(root, 3)
+        (root / "frames/frame#1.png").unlink()
+        (root / "frames/frame#1.png").symlink_to(tmp_path / "elsewhere/frames/frame#1.png")
+    with pytest.raises(UserError, match="leads out of the data folder"):
+        filter_tiles(Config(data=Data(root=str(root))))
+
+
+def test_a_link_inside_the_data_folder_and_a_linked_root_are_fine(tmp_path):
+    write_pairs(tmp_path / "disk/deep", 3)
+    (tmp_path / "disk/frames").symlink_to("deep/frames")
+    (tmp_path / "disk/masks").symlink_to("deep/masks")
+    (tmp_path / "tiles").symlink_to("disk")
+    assert len(filter_tiles(Config(data=Data(root=str(tmp_path / "tiles")))).tiles) == 3
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_the_old_list_stays_whole(tmp_path, how):
+    write_pairs(tmp_path / "tiles", 30, size=(200, 200))
+    (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
+    (tmp_path / "y.yaml").write_text("data: {root: tiles, test_fraction: 0.5}\n")
+    assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "tiles/tiles.csv").read_bytes()
+    for delay in (0.8, 1.3):
+        process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "y.yaml", "--workers",
+                                    "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        time.sleep(delay)
+        os.killpg(process.pid, how)
+        _, message = process.communicate()
+        if process.returncode:
+            assert (tmp_path / "tiles/tiles.csv").read_bytes() == before
+            assert how == signal.SIGKILL or "Traceback" not in message or "import" in message
+    assert script("data_filter.py", "--config", "y.yaml", cwd=tmp_path).returncode == 0
+    assert not list((tmp_path / "tiles").glob("*.partial")) and not list((tmp_path / "tiles").glob(".*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------- set by hand
+
+def edit(path, **splits):
+    """Set verdicts as a person with a spreadsheet does."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["split"] = splits.get(row["key"].replace("-", "_"), row["split"])
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_verdicts_set_by_hand_survive_every_later_run(tmp_path):
+    config = planted(tmp_path / "tiles")
+    (tmp_path / "x.yaml").write_text("data: {root: tiles, group: '^(.)', test_fraction: 0.3}\n")
+    run, path = ["data_filter.py", "--config", "x.yaml"], tmp_path / "tiles/tiles.csv"
+    assert script(*run, cwd=tmp_path).returncode == 0
+    side = {tile.group: tile.split for tile in read_tiles(path.parent) if tile.split in SPLITS}
+    edit(path, c_glass=side["c"], b_above="excluded")
+    for _ in range(3):
+        out = script(*run, cwd=tmp_path)
+        assert out.returncode == 0, out.stderr
+        tiles = {tile.key: tile for tile in read_tiles(path.parent)}
+        assert (tiles["c-glass"].split, tiles["c-glass"].proposed) == (side["c"], "misregistered")
+        assert (tiles["b-above"].split, tiles["b-above"].proposed) == ("excluded", side["b"])
+        assert {tile.group: tile.split for tile in tiles.values() if tile.split in SPLITS}.items() <= side.items()
+        assert f"2 verdicts set by hand are kept: b-above ({side['b']} -> excluded), c-glass" in out.stdout
+    assert "## Set by hand" in (tmp_path / "tiles/filter/summary.md").read_text()
+    assert config.data.classes[0] in (tmp_path / "tiles/filter/summary.md").read_text()
+
+
+LIST = [Tile(f"{group}{i}", f"f{group}{i}", f"m{group}{i}", group, proposed=split, split=split)
+        for group, split in (("a", "train"), ("b", "test"), ("c", "train")) for i in range(3)]
+
+
+def by_key(tiles):
+    return {tile.key: tile for tile in tiles}
+
+
+def test_a_group_moved_by_hand_stays_moved_whatever_is_proposed():
+    before = [replace(tile, split="test") if tile.group == "c" else tile for tile in LIST]
+    after = honour_hand(LIST, before)
+    assert {tile.split for tile in after if tile.group == "c"} == {"test"}
+    new = Tile("c9", "fc9", "mc9", "c", proposed="train")  # a tile that joins the group later follows it
+    after = by_key(honour_hand([*LIST, new], before))
+    assert after["c9"].split == after["c9"].proposed == "test" and not after["c9"].set_by_hand
+    assert after["c0"].set_by_hand and after["a0"].split == "train"
+
+
+def test_a_tile_kept_by_hand_joins_its_group_on_the_other_side_too():
+    before = [replace(LIST[0], proposed="sparse", split="train", note="fine"), *LIST[1:]]
+    now = [replace(LIST[0], proposed="sparse"), *(replace(tile, proposed="test") for tile in LIST[1:3]), *LIST[3:]]
+    after = by_key(honour_hand(now, before))
+    assert after["a0"].split == "test" and after["a0"].proposed == "sparse" and after["a0"].note == "fine"
+
+
+def test_what_cannot_be_kept_is_said():
+    before = [replace(LIST[0], split="excluded"), replace(LIST[1], proposed="sparse", split="train"),
+              replace(LIST[2], split="excluded"), *LIST[3:]]
+    now = [replace(LIST[1], proposed="corrupt", note="broken"), replace(LIST[2], group="z"), *LIST[3:],
+           Tile("d0", "fd0", "md0", "d", proposed="train")]
+    after = honour_hand(now, before)
+    assert by_key(after)["a1"].split == "corrupt" and by_key(after)["a2"].split == "excluded"
+    text = "\n".join(differences(before, ["key", "split", "proposed", "comment"], after))
+    for expected in ("1 verdicts set by hand are kept: a2 (train -> excluded)",
+                     "1 verdicts set by hand could not be kept: a1 (train, now corrupt)",
+                     "gone from the folder: a0", "new: their files were added, or their rows deleted: d0",
+                     "now in another group: a2 (a -> z)", "are dropped (words belong into `note`): comment"):
+        assert expected in text
+    assert not differences(LIST, ["proposed"], honour_hand(LIST, LIST))
+
+
+def test_a_list_without_proposals_says_what_changes():
+    before = [replace(tile, proposed="") for tile in LIST]
+    after = honour_hand([replace(LIST[0], proposed="sparse"), *LIST[1:]], before)
+    assert "cannot be told: a0 (train -> sparse)" in differences(before, ["key", "split"], after)[0]
+
+
+def test_an_old_list_that_cannot_be_read_is_not_overwritten(tmp_path):
+    planted(tmp_path / "tiles")
+    (tmp_path / "x.yaml").write_text("data: {root: tiles, group: '^(.)'}\n")
+    (tmp_path / "tiles/tiles.csv").write_text("key,split\na-good,train\n")
+    out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    assert out.returncode == 2 and "mend it, or delete it" in out.stderr
+    assert (tmp_path / "tiles/tiles.csv").read_text() == "key,split\na-good,train\n"
+
+
+# ---------------------------------------------------------------------------------------------- what a person looks at
+
+def test_the_report_shows_counts_groups_and_every_reason(tmp_path):
+    planted(tmp_path / "tiles")
+    (tmp_path / "x.yaml").write_text("data: {root: tiles, group: '^(.)', test_fraction: 0.3}\n")
+    for _ in range(2):
+        out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+        assert out.returncode == 0, out.stderr
+    folder = tmp_path / "tiles/filter"
+    assert {path.name for path in folder.iterdir()} == {
+        "summary.md", "settings.yaml", "histograms.png", "kept_near_threshold.png", "kept_most_unmarked.png",
+        "dropped_sparse.png", "dropped_misregistered.png", "tiles_before.csv"}
+    text = (folder / "summary.md").read_text()
+    assert "| misregistered | 1 | 16.7% |" in text and "| sparse | 2 | 33.3% |" in text
+    assert "3 of 6 tiles are kept" in text and "| max_unmarked | off |" in text
+    assert "| b | train | 2 | 50% |" in text or "| b | test | 2 | 50% |" in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (folder / line.rpartition("(")[2].rstrip(")")).stat().st_size > 5000
+    assert "3 images" not in text and "copies: 1 images stand under more than one key" in text
+    assert "warning: 1 images are kept under more than one key, e.g. a-good = b-above = c-good" in out.stderr
+
+
+def test_sheets_go_from_the_threshold_outwards():
+    limits = Filter(max_shift=30.0)
+    tiles = [Tile(str(i), "f", "m", foreground=0.5, blank=i / 100, unmarked=0.0, shift_x=i, shift_y=0.0, confidence=0.9,
+                  split="misregistered" if i >= 8 else "train") for i in range(60)]
+    tiles.append(replace(tiles[0], key="far", shift_x=29.9))
+    tiles.append(replace(tiles[0], key="unsure", shift_x=29.9, confidence=0.1))
+    found = sheets(data_filter.Filtered(tiles, np.zeros((62, 3)), np.zeros(256), (9, 9)), limits)
+    near, dropped = found["kept_near_threshold.png"][1], found["dropped_misregistered.png"][1]
+    assert [tile.key for tile in near[:3]] == ["far", "7", "6"]
+    assert [dropped[0].key, dropped[-1].key, len(dropped)] == ["8", "59", 24]
+    assert nearness(tiles[-1], limits) < 0.1 and "kept_most_unmarked.png" not in found
+    assert nearness(replace(tiles[0], foreground=0.005), limits) == pytest.approx(2)
+
+
+def test_the_list_of_an_earlier_version_is_read(tmp_path):
+    """Without the measurements that were added since."""
+    write_pairs(tmp_path, 2)
+    (tmp_path / "tiles.csv").write_text("key,image,mask,group,foreground,blank,split\n" + "".join(
+        f"{i},frames/frame#{i}.png,masks/mask#{i}.png,,0.5,0.01,{split}\n" for i, split in enumerate(SPLITS)))
+    tiles = read_tiles(tmp_path)
+    assert [tile.split for tile in tiles] == list(SPLITS) and not any(tile.set_by_hand for tile in tiles)
+    write_tiles(tmp_path / "tiles.csv", tiles)
+    assert read_tiles(tmp_path) == tiles

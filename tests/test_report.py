@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import metrics
-from config import Config, Data
+from config import Config, Data, Filter
 from data_filter import filter_tiles
 from dataset import draw_folds, training_crops, validation_crops
 from losses import class_weights
@@ -51,8 +51,11 @@ def test_equation_1_gives_the_published_moving_averages(real_data, name):
             assert ema == pytest.approx(row[average], abs=1e-5), f"epoch {epoch + 1}"
 
 
-def test_the_reports_test_tiles_pass_the_filter(real_data):
-    tiles, _ = filter_tiles(Config(data=Data(root=str(real_data / "report_tiles"), test_fraction=0.4)))
+@pytest.mark.parametrize("reference", ["absolute", "maximum"])
+def test_the_reports_test_tiles_pass_the_filter(real_data, reference):
+    config = Config(data=Data(root=str(real_data / "report_tiles"), test_fraction=0.4),
+                    filter=Filter(blank_reference=reference))
+    tiles = filter_tiles(config).tiles
     assert {tile.key: tile.split in ("train", "test") for tile in tiles} == {"26": True, "139": True, "1058": True}
 
 

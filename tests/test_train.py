@@ -372,7 +372,7 @@ def test_the_network_learns_a_simple_task(workplace, tiles_root):
     config = apply_overrides(Config(name="simple"), [*TINY, f"data.root={tiles_root}", "optim.lr=0.01",
                                                      "train.epochs=16", "train.images_per_epoch=40", "loss.name=ce",
                                                      "model.dropout=0"])
-    write_tiles(tiles_root / "tiles.csv", data_filter.filter_tiles(config)[0])
+    write_tiles(tiles_root / "tiles.csv", data_filter.filter_tiles(config).tiles)
     train.start(config)
     history = runs.load_checkpoint(workplace / "runs/simple/checkpoints/last.pt").history
     assert history[0]["val_loss"] > 0.5 and history[-1]["val_loss"] < 0.15

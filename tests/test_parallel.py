@@ -1,0 +1,54 @@
+import os
+import time
+
+import pytest
+from conftest import REPOSITORY, script
+
+from console import UserError
+from parallel import AHEAD, CHUNK, cores, spread
+
+
+def square(number):
+    time.sleep(0.02 * (number % 3 == 0))  # so that results would come out of order
+    return number**2
+
+
+def die(number):
+    os._exit(1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_results_come_in_order(workers):
+    with spread(workers) as over:
+        assert list(over(square, range(30))) == [number**2 for number in range(30)]
+        assert list(over(square, [])) == []
+
+
+def test_the_workers_are_only_so_far_ahead_of_the_reader():
+    asked = []
+
+    def items():
+        for number in range(1000):
+            asked.append(number)
+            yield number
+
+    with spread(2) as over:
+        results = over(square, items())
+        assert next(results) == 0
+        assert len(asked) <= (AHEAD * 2 + 1) * CHUNK
+
+
+def test_a_worker_that_dies_is_an_error_of_one_line():
+    with pytest.raises(UserError, match="--workers 1"), spread(2) as over:
+        list(over(die, range(4)))
+
+
+def test_there_is_a_core():
+    assert 1 <= cores() <= os.cpu_count()
+
+
+def test_the_filter_starts_without_torch(tmp_path):
+    """Its import takes seconds, in every worker process."""
+    (tmp_path / "probe.py").write_text("import sys, data_filter\nsys.exit('torch' in sys.modules)\n")
+    out = script(tmp_path / "probe.py", cwd=REPOSITORY)
+    assert out.returncode == 0, out.stderr

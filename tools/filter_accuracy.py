@@ -1,0 +1,187 @@
+"""How good is the filter? Its verdicts against the defects that were planted in demo tiles.
+
+    python -m tools.filter_accuracy data/demo
+    python -m tools.filter_accuracy data/demo filter.max_unmarked=0.1 filter.max_shift=off
+
+Reads DATA/truth.csv (tools/make_demo_data.py), DATA/tiles.csv and DATA/filter/settings.yaml (data_filter.py); the
+verdicts follow from the measurements in tiles.csv, with the filter's limits or others. Prints and writes
+DATA/filter/accuracy.md, and draws precision and recall over each threshold in accuracy.png.
+
+Precision: of the tiles that a rule drops, the share that has a defect it is to find. Recall: of the tiles with such a
+defect, the share that it drops. The 1 % rule is to find `empty` tiles, the other rules the four defects of masks.
+"""
+
+import argparse
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import figures
+from audit import verdict
+from config import Filter, apply_overrides, load_config
+from console import UserError, markdown_table, run, table
+from dataset import Tile, read_tiles
+from files import write_text
+from filter_report import FOLDER, MEASURED, measured
+from tools.make_demo_data import DEFECTS
+
+OF_MASKS = tuple(defect for defect in DEFECTS if defect != "empty")
+LIMITS = ("min_foreground", "max_blank", "max_unmarked", "max_shift", "min_confidence")
+NONE, REPORT, ALL = "none (only empty masks drop)", "the report: 1 % rule, Algorithm 1", "all rules"
+THRESHOLDS = {"blank": (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3),
+              "unmarked": (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.3),
+              "shift": (5, 10, 20, 30, 40, 60, 80, 120)}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A tile as the filter measured it, and what was done to it."""
+
+    tile: Tile
+    defect: str  # none, or one of DEFECTS
+    wrong: float  # share of the mask's pixels that are wrong
+    shift: tuple[float, float] | None  # pixels to the right and down
+
+
+def read(folder: Path) -> list[Planted]:
+    path = folder / "truth.csv"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; only tiles of `python -m tools.make_demo_data` have planted defects")
+    with path.open(newline="") as file:
+        truth = {row["key"]: row for row in csv.DictReader(file)}
+    tiles = read_tiles(folder)
+    strange = [tile.key for tile in tiles if tile.key not in truth]
+    if strange or len(tiles) != len(truth):
+        raise UserError(f"{folder}: tiles.csv and truth.csv are not of the same tiles; run data_filter.py again")
+    planted = []
+    for tile in tiles:
+        row = truth[tile.key]
+        shift = (float(row["dx"]), float(row["dy"])) if row["dx"] else None
+        planted.append(Planted(tile, row["defect"], float(row["wrong"]), shift))
+    return planted
+
+
+def score(planted: Sequence[Planted], limits: Filter, defects: Sequence[str]) -> tuple[int, float, float]:
+    """Tiles dropped, precision and recall against `defects`; NaN where nothing is dropped or nothing is to be found."""
+    dropped = [one.defect in defects for one in planted if verdict(one.tile, limits)]
+    there = sum(one.defect in defects for one in planted)
+    return len(dropped), sum(dropped) / len(dropped) if dropped else np.nan, sum(dropped) / there if there else np.nan
+
+
+def only(limits: Filter, *names: str) -> Filter:
+    """The limits with all switched off that are not named; a mask without any tissue is dropped all the same."""
+    off = {"min_foreground": 0.0, "max_blank": None, "max_unmarked": None, "max_shift": None}
+    return replace(limits, **{name: value for name, value in off.items() if name not in names})
+
+
+def rules(limits: Filter) -> dict[str, tuple[Filter, Sequence[str]]]:
+    """Every rule alone and together: (its limits, the defects that it is to find)."""
+    found = {f"foreground < {limits.min_foreground:g}": (only(limits, "min_foreground"), ("empty",))}
+    for name in THRESHOLDS:
+        limit = MEASURED[name][1]
+        if getattr(limits, limit) is not None:
+            found[f"{name} >= {getattr(limits, limit):g}"] = only(limits, limit), OF_MASKS
+    found[REPORT] = only(limits, "min_foreground", "max_blank"), tuple(DEFECTS)
+    found[ALL] = limits, tuple(DEFECTS)
+    return found
+
+
+def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) of each table."""
+    counts = {defect: Counter(verdict(one.tile, limits) or "kept" for one in planted if one.defect == defect)
+              for defect in ("none", *DEFECTS)}
+    names = ["kept", "sparse", "misregistered", "unmarked", "shifted"]
+    found = []
+    for rule, (settings, defects) in rules(limits).items():
+        # a tile without annotated tissue is sparse at any threshold and says nothing of the other rules
+        judged = planted if "empty" in defects else [one for one in planted if one.tile.foreground]
+        number, precision, recall = score(judged, settings, defects)
+        found.append([rule, str(number), _share(precision), _share(recall)])
+    wrong = []
+    for name, settings in ((NONE, only(limits)), *((name, rules(limits)[name][0]) for name in (REPORT, ALL))):
+        left = [one for one in planted if not verdict(one.tile, settings)]
+        wrong.append([name, str(len(left)), str(sum(one.defect != "none" for one in left)),
+                      f"{np.mean([one.wrong for one in left]):.2%}" if left else "-"])
+    return [("Verdict by planted defect", ["defect", "tiles", *names],
+             [[defect, str(count.total()), *(str(count[name]) for name in names)] for defect, count in counts.items()]),
+            ("Precision and recall", ["rule", "drops", "precision", "recall"], found),
+            ("What is left", ["rules", "tiles", "with a defect", "wrong pixels"], wrong),
+            *([("Shift of the `shifted` masks", ["tiles", "certain", "median error", "largest error"], [errors])]
+              if (errors := _shift_errors(planted, limits)) else [])]
+
+
+def _share(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.1%}"
+
+
+def _shift_errors(planted: Sequence[Planted], limits: Filter) -> list[str]:
+    shifted = [one for one in planted if one.shift]
+    certain = [one for one in shifted if (one.tile.confidence or 0) >= limits.min_confidence]
+    errors = [np.hypot(one.tile.shift_x - one.shift[0], one.tile.shift_y - one.shift[1]) for one in certain]
+    if not errors:
+        return []
+    return [str(len(shifted)), str(len(certain)), f"{np.median(errors):.1f} px", f"{max(errors):.1f} px"]
+
+
+def curve(planted: Sequence[Planted], limits: Filter, name: str,
+          thresholds: Sequence[float]) -> list[tuple[float, float, float]]:
+    """(threshold, precision, recall) of one measurement alone against the defects of masks."""
+    judged = [one for one in planted if one.tile.foreground]
+    return [(threshold, *score(judged, replace(only(limits), **{MEASURED[name][1]: threshold}), OF_MASKS)[1:])
+            for threshold in thresholds]
+
+
+def draw(planted: Sequence[Planted], limits: Filter) -> Figure:
+    figure = Figure(figsize=(12, 3.8), dpi=110, layout="constrained")
+    for axis, name in zip(figure.subplots(1, 3), THRESHOLDS, strict=True):
+        highest = max(measured(one.tile, name, limits) or 0 for one in planted)
+        points = np.array(curve(planted, limits, name, np.linspace(highest / 400, highest, 400)))
+        axis.plot(points[:, 0], points[:, 1], color=figures.TRAIN, label="precision")
+        axis.plot(points[:, 0], points[:, 2], color=figures.VALIDATION, label="recall, all four defects of masks")
+        for defect, style in zip(OF_MASKS, (":", "--", "-.", (0, (1, 3))), strict=True):
+            values = np.array([measured(one.tile, name, limits) or 0 for one in planted
+                               if one.defect == defect and one.tile.foreground])
+            if values.size:
+                axis.plot(points[:, 0], [(values >= threshold).mean() for threshold in points[:, 0]], color="grey",
+                          linestyle=style, linewidth=1, label=f"recall of {defect}")
+        threshold = getattr(limits, MEASURED[name][1])
+        if threshold is not None:
+            axis.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:g}")
+        axis.set(xlabel=f"threshold of {name}: {MEASURED[name][0]}", ylim=(-0.02, 1.02))
+        axis.xaxis.label.set_size(8)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of demo tiles that were filtered")
+    parser.add_argument("overrides", nargs="*", metavar="filter.key=value", help="other limits than the filter used")
+    args = parser.parse_args()
+    settings = args.data / FOLDER / "settings.yaml"
+    if not settings.is_file():
+        raise UserError(f"{settings}: missing; run data_filter.py first")
+    planted = read(args.data)
+    limits = apply_overrides(load_config(settings), args.overrides, [f"filter.{name}" for name in LIMITS]).filter
+    parts = tables(planted, limits)
+    for name, thresholds in THRESHOLDS.items():
+        points = curve(planted, limits, name, thresholds)
+        parts.append((f"Threshold of {name}", [name, *(f"{threshold:g}" for threshold, *_ in points)],
+                      [["precision", *(_share(precision) for _, precision, _ in points)],
+                       ["recall", *(_share(recall) for *_, recall in points)]]))
+    print("\n\n".join(f"{title}\n\n{table(header, rows)}" for title, header, rows in parts))
+    text = "\n\n".join(f"## {title}\n\n{markdown_table(header, rows)}" for title, header, rows in parts)
+    write_text(settings.with_name("accuracy.md"), f"# Accuracy of the filter on {args.data}\n\n{text}\n\n"
+               "![Precision and recall over the thresholds](accuracy.png)\n")
+    figures.save(draw(planted, limits), settings.with_name("accuracy.png"))
+    print(f"\nwrote {settings.parent}: accuracy.md, accuracy.png")
+
+
+if __name__ == "__main__":
+    run(main)
