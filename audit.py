@@ -52,8 +52,9 @@ def measure(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[str, 
     meant, and done here, is the count of annotated pixels. `unmarked` is a share of the tile, since a share of the
     annotated background would be large wherever there is little background.
     """
-    glass = find_glass(image, limits)
-    shift_x, shift_y, confidence = misalignment(image, tissue, limits.sigma) or (None, None, None)
+    darkness = sum_inverted(image)
+    glass = find_glass(darkness, limits)
+    shift_x, shift_y, confidence = misalignment(darkness, tissue, limits.sigma) or (None, None, None)
     return {"blank": float(np.count_nonzero(glass & tissue) / np.count_nonzero(tissue)),
             "unmarked": float(np.count_nonzero(~(glass | tissue)) / tissue.size),
             "shift_x": shift_x, "shift_y": shift_y, "confidence": confidence}
@@ -61,39 +62,38 @@ def measure(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[str, 
 
 # ---------------------------------------------------------------------------------------------- glass and tissue
 
-def find_glass(image: np.ndarray, limits: Filter) -> np.ndarray:
-    """Where an image (H, W, 3) uint8 shows glass: (H, W) bool, lines 2 to 6 of Algorithm 1.
+def sum_inverted(image: np.ndarray) -> np.ndarray:
+    """The darkness of an image (H, W, 3) uint8: 765 less red, green and blue, (H, W) float32, whole numbers."""
+    total = image.reshape(-1, 3).astype(np.float32) @ np.ones(3, np.float32)
+    return (765 - total).reshape(image.shape[:2])
+
+
+def find_glass(darkness: np.ndarray, limits: Filter) -> np.ndarray:
+    """Where an image of this darkness (H, W) shows glass: (H, W) bool, lines 2 to 6 of Algorithm 1.
 
     Glass is where the smoothed inverted grey lies below `blank_intensity`; with blank_reference = maximum both are
     divided, by the tile's maximum and by 255, as in the report's code. What is white throughout is glass in both.
     """
-    smooth, error = smooth_inverted(image, limits.sigma)
+    smooth, error = smooth_inverted(darkness, limits.sigma)
     scale, limit = 1.0, limits.blank_intensity
     if limits.blank_reference == "maximum":
-        scale, limit = _exact(image, smooth >= smooth.max() - 2 * error, limits.sigma).max(), limit / 255
+        scale, limit = _exact(darkness, smooth >= smooth.max() - 2 * error, limits.sigma).max(), limit / 255
         if scale == 0:
             return np.ones(smooth.shape, bool)
     glass = smooth < limit * scale
     near = np.abs(smooth - limit * scale) <= error
     if near.any():
-        glass[near] = _exact(image, near, limits.sigma) / scale < limit
+        glass[near] = _exact(darkness, near, limits.sigma) / scale < limit
     return glass
 
 
-def inverted_sum(image: np.ndarray) -> np.ndarray:
-    """765 less the sum of red, green and blue, (H, W) float32: whole numbers, exact."""
-    total = image.reshape(-1, 3).astype(np.float32) @ np.ones(3, np.float32)
-    return (765 - total).reshape(image.shape[:2])
-
-
-def smooth_inverted(image: np.ndarray, sigma: float) -> tuple[np.ndarray, float]:
-    """255 - mean of red, green and blue, smoothed by a Gaussian: (H, W) float32, and the most that it can be off.
+def smooth_inverted(darkness: np.ndarray, sigma: float) -> tuple[np.ndarray, float]:
+    """A third of the darkness (H, W), smoothed by a Gaussian, in float32; and the most that it can be off.
 
     The bound is that of float32 sums in any order: one rounding of 2^-24 for each term of either product.
     """
-    inverted = inverted_sum(image) / 3                                                   # (H, W)
-    height, width = inverted.shape
-    half = _multiply(_banded_gaussian(width, sigma), inverted.T)                         # (W, H)
+    height, width = darkness.shape
+    half = _multiply(_banded_gaussian(width, sigma), darkness.T / 3)                     # (W, H)
     error = 255 * 2.0**-24 * (2 * (2 * _radius(sigma) + 1) + 6)
     return _multiply(_banded_gaussian(height, sigma), half.T), error
 
@@ -122,35 +122,40 @@ def _multiply(blocks: list[tuple[slice, slice, np.ndarray]], values: np.ndarray)
     return product
 
 
-def _exact(image: np.ndarray, where: np.ndarray, sigma: float) -> np.ndarray:
+def _exact(darkness: np.ndarray, where: np.ndarray, sigma: float) -> np.ndarray:
     """The smoothed inverted grey at the pixels `where` (H, W) bool, as scipy gives it in float64: lines 2 to 4."""
     pixels = np.flatnonzero(where)
     if len(pixels) > FEW:
-        return gaussian_filter(255.0 - image.mean(axis=-1), sigma)[where]
+        return gaussian_filter(_inverted(darkness), sigma)[where]
     values, radius = np.empty(len(pixels)), _radius(sigma)
     for i, (y, x) in enumerate(zip(*divmod(pixels, where.shape[1]), strict=True)):
         # what the Gaussian sees from this pixel; at the tile's edge scipy mirrors
         top, left = max(0, y - radius), max(0, x - radius)
-        inverted = 255.0 - image[top:y + radius + 1, left:x + radius + 1].mean(axis=-1)
-        row = gaussian_filter1d(inverted, sigma, axis=0)[y - top]
+        seen = _inverted(darkness[top:y + radius + 1, left:x + radius + 1])
+        row = gaussian_filter1d(seen, sigma, axis=0)[y - top]
         values[i] = gaussian_filter1d(row, sigma)[x - left]
     return values
 
 
+def _inverted(darkness: np.ndarray) -> np.ndarray:
+    """255 - the mean of red, green and blue, to the last bit of float64."""
+    return 255.0 - (765.0 - darkness.astype(np.float64)) / 3.0
+
+
 # ---------------------------------------------------------------------------------------------- shift of the mask
 
-def misalignment(image: np.ndarray, tissue: np.ndarray, sigma: float) -> tuple[float, float, float] | None:
-    """How far the mask's tissue (H, W) bool lies off that of the image (H, W, 3) uint8: pixels to the right, pixels
-    down, and a confidence from 0 to 1; None where either is flat.
+def misalignment(darkness: np.ndarray, tissue: np.ndarray, sigma: float) -> tuple[float, float, float] | None:
+    """How far the mask's tissue (H, W) bool lies off the image's: pixels to the right, pixels down, and a confidence
+    from 0 to 1; None where either is flat.
 
-    The image's tissue is its inverted grey, smoothed as in Algorithm 1. The shift is the one with the highest
+    The image's tissue is its darkness (H, W), smoothed as in Algorithm 1. The shift is the one with the highest
     normalised cross-correlation on the part where tile and shifted mask overlap (Padfield 2012, "Masked object
     registration in the Fourier domain"), on cells of about 1/64 of the tile, refined by a parabola; of two that are
     nearly as good it is the nearer one. With r the correlation there and r0 the one without a shift, the confidence is
     1 - (1 - r^2) / (1 - r0^2): the share of what the mask does not explain of the image that it explains once shifted.
     """
     cell = max(1, round(min(tissue.shape) / CELLS))
-    of_image = gaussian_filter(_cells(inverted_sum(image), cell) / 3, sigma / cell)
+    of_image = gaussian_filter(_cells(darkness, cell) / 3, sigma / cell)
     of_mask = _cells(tissue, cell)
     if of_image.std() < FLAT_IMAGE or of_mask.std() < FLAT_MASK:
         return None
@@ -181,6 +186,11 @@ def _cells(values: np.ndarray, cell: int) -> np.ndarray:
     return rows.reshape(height, width, cell).sum(axis=2, dtype=np.float64) / cell**2
 
 
+def _overlap(length: int, padded: int) -> np.ndarray:
+    """Cells that two rows of cells share, for every cyclic shift of one of them; at least 1."""
+    return np.maximum(1, length - np.abs(np.fft.fftfreq(padded, 1 / padded)))
+
+
 def _correlation(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Normalised cross-correlation of two maps (h, w) for every shift of the mask, cyclic; -2 where there is none."""
     shape = [fft.next_fast_len(2 * length - 1, real=True) for length in image.shape]
@@ -194,7 +204,7 @@ def _correlation(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return fft.irfft2(left * right.conj(), shape)
 
     everywhere, of_image, of_mask = (spectrum(values) for values in (np.ones_like(image), image, mask))
-    count = np.maximum(sums(everywhere, everywhere), 1)
+    count = np.outer(*(_overlap(length, padded) for length, padded in zip(image.shape, shape, strict=True)))
     image_sum, mask_sum = sums(of_image, everywhere), sums(everywhere, of_mask)
     image_variance = sums(spectrum(image**2), everywhere) - image_sum**2 / count
     mask_variance = sums(everywhere, spectrum(mask**2)) - mask_sum**2 / count

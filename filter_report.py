@@ -192,7 +192,7 @@ def nearness(tile: Tile, limits: Filter) -> float:
 def draw(tile: Tile, config: Config) -> tuple[str, np.ndarray]:
     """Caption and thumbnail of a tile."""
     image, mask = read_pair(Path(config.data.root), tile, config.data.greys)
-    glass = audit.find_glass(image, config.filter)
+    glass = audit.find_glass(audit.sum_inverted(image), config.filter)
     numbers = [f"foreground {tile.foreground:.1%}"]
     if tile.blank is not None:
         numbers = [f"blank {tile.blank:.1%}  unmarked {tile.unmarked:.1%}"]

@@ -6,7 +6,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import audit
-from audit import find_glass, measure, misalignment, smooth_inverted, verdict
+from audit import find_glass, measure, misalignment, smooth_inverted, sum_inverted, verdict
 from config import Filter
 from dataset import Tile
 
@@ -70,8 +70,8 @@ def test_no_pixel_of_2000_tiles_is_judged_otherwise_than_by_scipy_in_float64(ref
             image = np.full((height, width, 3), random.integers(205, 225), np.uint8)
         else:
             image = borderline(random, height, width, (1, 4)[number % 4 - 1])
-        near += (np.abs(smooth_inverted(image, limit.sigma)[0] - limit.blank_intensity) < 1e-2).sum()
-        assert (find_glass(image, limit) == scipy_glass(image, limit)).all(), number
+        near += (np.abs(smooth_inverted(sum_inverted(image), limit.sigma)[0] - limit.blank_intensity) < 1e-2).sum()
+        assert (find_glass(sum_inverted(image), limit) == scipy_glass(image, limit)).all(), number
     assert near > 1000, "the tiles were not borderline"
 
 
@@ -79,7 +79,7 @@ def test_float32_stays_within_its_bound():
     random = np.random.default_rng(0)
     for sigma in (0.5, 3, 10, 40):
         image = random.integers(0, 256, (90, 130, 3)).astype(np.uint8)
-        smooth, error = smooth_inverted(image, sigma)
+        smooth, error = smooth_inverted(sum_inverted(image), sigma)
         assert np.abs(smooth - gaussian_filter(255.0 - image.mean(axis=-1), sigma)).max() < error < 0.02
 
 
@@ -124,7 +124,7 @@ def test_a_moved_mask_is_found_to_lie_where_it_was_moved(right, down, height, wi
     corner = 120
     tile = image[corner:corner + height, corner:corner + width]
     mask = tissue[corner - down:corner - down + height, corner - right:corner - right + width]
-    x, y, confidence = misalignment(tile, mask, 10.0)
+    x, y, confidence = misalignment(sum_inverted(tile), mask, 10.0)
     assert abs(x - right) <= 4 and abs(y - down) <= 4
     assert confidence < 0.3 if right == down == 0 else confidence > 0.6 or abs(right) < 20
 
@@ -132,8 +132,8 @@ def test_a_moved_mask_is_found_to_lie_where_it_was_moved(right, down, height, wi
 @pytest.mark.parametrize("share", [0, 1])
 def test_without_an_edge_there_is_nothing_to_align(share):
     image, _ = blobs(0, 200)
-    assert misalignment(image, np.full((200, 200), bool(share)), 10.0) is None
-    assert misalignment(np.full((200, 200, 3), 200, np.uint8), blobs(1, 200)[1], 10.0) is None
+    assert misalignment(sum_inverted(image), np.full((200, 200), bool(share)), 10.0) is None
+    assert misalignment(np.full((200, 200), 200, np.float32), blobs(1, 200)[1], 10.0) is None
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 200), (65, 33)])
@@ -178,7 +178,7 @@ def test_the_reports_tile_139_lies_too_low_although_algorithm_1_passes_it(real_d
         image = np.asarray(Image.open(real_data / f"report_tiles/frames/frame#{key}.png").convert("RGB"))
         mask = np.asarray(Image.open(real_data / f"report_tiles/masks/mask#{key}.png"))
         found[key] = measure(image, mask != 26, Filter())
-        code = audit.find_glass(image, Filter(blank_reference="maximum"))
+        code = audit.find_glass(sum_inverted(image), Filter(blank_reference="maximum"))
         assert (code == scipy_glass(image, Filter(blank_reference="maximum"))).all()
     assert found["139"]["shift_y"] == pytest.approx(120, abs=8) and found["139"]["confidence"] > 0.8
     assert found["139"]["blank"] < 0.075 and found["139"]["unmarked"] > 0.2

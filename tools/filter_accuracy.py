@@ -137,25 +137,26 @@ def curve(planted: Sequence[Planted], limits: Filter, name: str,
 
 
 def draw(planted: Sequence[Planted], limits: Filter) -> Figure:
-    figure = Figure(figsize=(12, 3.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 4.2), dpi=110, layout="constrained")
     for axis, name in zip(figure.subplots(1, 3), THRESHOLDS, strict=True):
         highest = max(measured(one.tile, name, limits) or 0 for one in planted)
         points = np.array(curve(planted, limits, name, np.linspace(highest / 400, highest, 400)))
-        axis.plot(points[:, 0], points[:, 1], color=figures.TRAIN, label="precision")
-        axis.plot(points[:, 0], points[:, 2], color=figures.VALIDATION, label="recall, all four defects of masks")
-        for defect, style in zip(OF_MASKS, (":", "--", "-.", (0, (1, 3))), strict=True):
+        axis.plot(points[:, 0], points[:, 1], color="black", linewidth=2, label="precision")
+        axis.plot(points[:, 0], points[:, 2], color="black", linewidth=2, linestyle="--", label="recall of all defects")
+        for defect, colour in zip(OF_MASKS, figures.PALETTE[1:], strict=False):
             values = np.array([measured(one.tile, name, limits) or 0 for one in planted
                                if one.defect == defect and one.tile.foreground])
             if values.size:
-                axis.plot(points[:, 0], [(values >= threshold).mean() for threshold in points[:, 0]], color="grey",
-                          linestyle=style, linewidth=1, label=f"recall of {defect}")
+                axis.plot(points[:, 0], [(values >= threshold).mean() for threshold in points[:, 0]], color=colour,
+                          label=f"recall of {defect}")
         threshold = getattr(limits, MEASURED[name][1])
         if threshold is not None:
-            axis.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:g}")
+            axis.axvline(threshold, color="grey", linestyle=":", linewidth=2, label="threshold set")
         axis.set(xlabel=f"threshold of {name}: {MEASURED[name][0]}", ylim=(-0.02, 1.02))
         axis.xaxis.label.set_size(8)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     return figure
 
 
