@@ -3,21 +3,21 @@
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any
 
 from console import UserError
 
-CHUNK = 4  # items that travel to a worker together
+CHUNK = 16  # items that travel to a worker together, at most; fewer where there are few
 AHEAD = 4  # chunks a worker may be ahead of the reader, which bounds the memory
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
 def cores() -> int:
@@ -40,8 +40,8 @@ def spread(workers: int) -> Iterator[Map]:
         os.environ.setdefault(name, "1")
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt)
 
-    def over(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        return chain.from_iterable(_in_order(pool, function, items, AHEAD * workers))
+    def over(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        return chain.from_iterable(_in_order(pool, function, items, workers))
 
     try:
         yield over
@@ -51,17 +51,18 @@ def spread(workers: int) -> Iterator[Map]:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[list]:
-    waiting, items = deque(), iter(items)
-    while chunk := list(islice(items, CHUNK)):
-        waiting.append(pool.submit(_apply, function, chunk))
-        if len(waiting) > ahead:
+def _in_order(pool: ProcessPoolExecutor, function: Callable, items: Sequence, workers: int) -> Iterator[list]:
+    size = min(CHUNK, max(1, len(items) // (AHEAD * workers)))
+    waiting: deque = deque()
+    for start in range(0, len(items), size):
+        waiting.append(pool.submit(_apply, function, items[start:start + size]))
+        if len(waiting) > AHEAD * workers:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _apply(function: Callable, chunk: list) -> list:
+def _apply(function: Callable, chunk: Sequence) -> list:
     return [function(item) for item in chunk]
 
 

@@ -25,17 +25,17 @@ def test_results_come_in_order(workers):
 
 
 def test_the_workers_are_only_so_far_ahead_of_the_reader():
-    asked = []
+    class Items(list):
+        asked = 0
 
-    def items():
-        for number in range(1000):
-            asked.append(number)
-            yield number
+        def __getitem__(self, part):
+            self.asked = max(self.asked, part.stop)
+            return super().__getitem__(part)
 
+    items = Items(range(1000))
     with spread(2) as over:
-        results = over(square, items())
-        assert next(results) == 0
-        assert len(asked) <= (AHEAD * 2 + 1) * CHUNK
+        assert next(over(square, items)) == 0
+    assert 0 < items.asked <= (AHEAD * 2 + 1) * CHUNK
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line():
