@@ -65,18 +65,25 @@ def preflight(result: Filtered, config: Config) -> str:
     """What lies in the folder, in a few lines."""
     tiles, data = result.tiles, config.data
     groups = Counter(tile.group for tile in tiles if tile.group)
+    counts = sorted({0, *groups.values()})[1:]
     census = ", ".join(f"{grey} {data.classes[data.greys.index(grey)] if grey in data.greys else 'NOT A CLASS'} "
                        f"{result.greys[grey] / result.greys.sum():.2%}" for grey in np.flatnonzero(result.greys))
-    of = {tile.key: tile for tile in tiles}
-    across = sum(len({of[key].group for key in keys}) > 1 for keys in result.copies)
+    corrupt = sum(tile.proposed == "corrupt" for tile in tiles)
     return "\n".join([
-        f"pairs: {len(tiles)} of {result.size[0]} x {result.size[1]} pixels (height x width)",
-        "groups: " + (f"{len(groups)}, of {min(groups.values())} to {max(groups.values())} tiles; none is in both "
-                      "train and test" if groups else "none, since data.group is not set"),
+        f"pairs: {len(tiles)}, of {result.size[0]} x {result.size[1]} pixels (height x width)"
+        + (f"; {corrupt} of them corrupt" if corrupt else ""),
+        f"groups: {len(groups)}, of {' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} tiles; none will "
+        "be in both train and test" if groups else "groups: none, since data.group is not set",
         f"greys of the masks: {census}",
-        f"copies: {len(result.copies)} images stand under more than one key"
-        + (f", {across} of them in more than one group" if groups and result.copies else ""),
     ])
+
+
+def copies(result: Filtered) -> list[str]:
+    """One line on the images that stand under several keys, if there are any."""
+    groups = {tile.key: tile.group for tile in result.tiles}
+    across = sum(len({groups[key] for key in keys}) > 1 for keys in result.copies)
+    images = f"{len(result.copies)} image{'s' * (len(result.copies) > 1)}"
+    return [f"copies: {images} under more than one key, {across} in more than one group"] if result.copies else []
 
 
 def verdicts(result: Filtered, classes: Sequence[str], as_table: Table = table) -> str:
@@ -124,13 +131,14 @@ def summary(result: Filtered, config: Config, changes: Sequence[str], pictures: 
     settings = [[name, "off" if value is None else str(value)] for name, value in to_dict(limits).items()]
     hand = [[tile.key, tile.proposed, tile.split, tile.note] for tile in tiles if tile.set_by_hand]
     corrupt = [[tile.key, tile.note] for tile in tiles if tile.split == "corrupt"]
-    copies = [[keys[0], ", ".join(keys[1:]), ", ".join(sorted({tile.split for tile in tiles if tile.key in set(keys)}))]
-              for keys in result.copies]
+    split = {tile.key: tile.split for tile in tiles}
+    same = [[keys[0], ", ".join(keys[1:]), ", ".join(sorted({split[key] for key in keys}))] for keys in result.copies]
     parts = [
         f"# Filter of {config.data.root}",
         f"{len(result.kept)} of {len(tiles)} tiles are kept. What the columns mean: audit.py. To overrule a verdict, "
         "edit the column `split` of tiles.csv.",
-        "## What lies in the folder\n\n" + "\n".join(f"- {line}" for line in preflight(result, config).splitlines()),
+        "## What lies in the folder\n\n" + "\n".join(f"- {line}" for line in [*preflight(result, config).splitlines(),
+                                                                           *(copies(result) or ["copies: none"])]),
         "## Verdicts\n\nClass shares are those of all pixels; the row `all` is before filtering, `kept` after.\n\n"
         + verdicts(result, config.data.classes, markdown_table),
         "## Settings\n\n" + markdown_table(["filter", "value"], settings),
@@ -139,7 +147,7 @@ def summary(result: Filtered, config: Config, changes: Sequence[str], pictures: 
             ("Set by hand", markdown_table(["key", "proposed", "in force", "note"], hand) if hand else ""),
             ("Since the last run", "\n".join(f"- {change}" for change in changes)),
             ("Corrupt", markdown_table(["key", "reason"], corrupt) if corrupt else ""),
-            ("Copies", markdown_table(["image", "same image", "verdicts"], copies) if copies else ""),
+            ("Copies", markdown_table(["image", "same image", "verdicts"], same) if same else ""),
             ("Groups", _by_group(result, config.data.classes) if any(tile.group for tile in tiles) else ""),
         ) if text),
         "## Pictures\n\n" + "\n\n".join(f"![{name}]({name})" for name in pictures),

@@ -14,9 +14,9 @@ from PIL import Image
 import data_filter
 from config import Config, Data, Filter
 from console import UserError
-from data_filter import differences, filter_tiles, honour_hand
+from data_filter import filter_tiles
 from dataset import SPLITS, Tile, read_tiles, write_tiles
-from filter_report import nearness, preflight, sheets, verdicts
+from filter_report import copies, nearness, sheets, verdicts
 
 
 def planted(root):
@@ -95,11 +95,13 @@ def test_copies_are_found_by_content_and_dropped_where_asked(tmp_path):
     config = Config(data=Data(root=str(tmp_path), group=r"^(s\d)"))
     result = filter_tiles(config)
     assert result.copies == [["s0-0", "s3-7"]]
-    assert "1 images stand under more than one key, 1 of them in more than one group" in preflight(result, config)
+    assert copies(result) == ["copies: 1 image under more than one key, 1 in more than one group"]
     copy = next(tile for tile in result.tiles if tile.key == "s3-7")
     assert copy.split in SPLITS and copy.note == "same image as s0-0"
-    result = filter_tiles(replace(config, filter=Filter(drop_duplicates=True)))
-    assert [tile.key for tile in result.tiles if tile.split == "duplicate"] == ["s3-7"]
+    config = replace(config, filter=Filter(drop_duplicates=True))
+    assert [tile.key for tile in filter_tiles(config).tiles if tile.split == "duplicate"] == ["s3-7"]
+    Image.new("L", image.size, 26).save(tmp_path / "masks/mask#s0-0.png")  # the first is dropped, so the copy is kept
+    assert not [tile.key for tile in filter_tiles(config).tiles if tile.split == "duplicate"]
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -148,7 +150,7 @@ def test_masks_in_other_greys_are_the_configs_fault_and_counted(tmp_path):
         mask[:24] = 255
         mask[:12] = 128
         Image.fromarray(mask).save(path)
-    with pytest.raises(UserError, match=r"8 of 8 masks hold a grey .* 0 \(50.0% of the pixels, in 8 masks\), 128 "
+    with pytest.raises(UserError, match=r"8 of 8 masks hold greys .* 0 \(50.0% of the pixels, in 8 masks\), 128 "
                                         r"\(25.0%.*Try data.greys=\[0,128,255\]"):
         filter_tiles(Config(data=Data(root=str(tmp_path))))
 
@@ -251,56 +253,9 @@ def test_verdicts_set_by_hand_survive_every_later_run(tmp_path):
         assert (tiles["c-glass"].split, tiles["c-glass"].proposed) == (side["c"], "misregistered")
         assert (tiles["b-above"].split, tiles["b-above"].proposed) == ("excluded", side["b"])
         assert {tile.group: tile.split for tile in tiles.values() if tile.split in SPLITS}.items() <= side.items()
-        assert f"2 verdicts set by hand are kept: b-above ({side['b']} -> excluded), c-glass" in out.stdout
+        assert f"set by hand and kept (2): b-above ({side['b']} -> excluded), c-glass" in out.stdout
     assert "## Set by hand" in (tmp_path / "tiles/filter/summary.md").read_text()
     assert config.data.classes[0] in (tmp_path / "tiles/filter/summary.md").read_text()
-
-
-LIST = [Tile(f"{group}{i}", f"f{group}{i}", f"m{group}{i}", group, proposed=split, split=split)
-        for group, split in (("a", "train"), ("b", "test"), ("c", "train")) for i in range(3)]
-
-
-def by_key(tiles):
-    return {tile.key: tile for tile in tiles}
-
-
-def test_a_group_moved_by_hand_stays_moved_whatever_is_proposed():
-    before = [replace(tile, split="test") if tile.group == "c" else tile for tile in LIST]
-    after = honour_hand(LIST, before)
-    assert {tile.split for tile in after if tile.group == "c"} == {"test"}
-    new = Tile("c9", "fc9", "mc9", "c", proposed="train")  # a tile that joins the group later follows it
-    after = by_key(honour_hand([*LIST, new], before))
-    assert after["c9"].split == after["c9"].proposed == "test" and not after["c9"].set_by_hand
-    assert after["c0"].set_by_hand and after["a0"].split == "train"
-
-
-def test_a_tile_kept_by_hand_joins_its_group_on_the_other_side_too():
-    before = [replace(LIST[0], proposed="sparse", split="train", note="fine"), *LIST[1:]]
-    now = [replace(LIST[0], proposed="sparse"), *(replace(tile, proposed="test") for tile in LIST[1:3]), *LIST[3:]]
-    after = by_key(honour_hand(now, before))
-    assert after["a0"].split == "test" and after["a0"].proposed == "sparse" and after["a0"].note == "fine"
-
-
-def test_what_cannot_be_kept_is_said():
-    before = [replace(LIST[0], split="excluded"), replace(LIST[1], proposed="sparse", split="train"),
-              replace(LIST[2], split="excluded"), *LIST[3:]]
-    now = [replace(LIST[1], proposed="corrupt", note="broken"), replace(LIST[2], group="z"), *LIST[3:],
-           Tile("d0", "fd0", "md0", "d", proposed="train")]
-    after = honour_hand(now, before)
-    assert by_key(after)["a1"].split == "corrupt" and by_key(after)["a2"].split == "excluded"
-    text = "\n".join(differences(before, ["key", "split", "proposed", "comment"], after))
-    for expected in ("1 verdicts set by hand are kept: a2 (train -> excluded)",
-                     "1 verdicts set by hand could not be kept: a1 (train, now corrupt)",
-                     "gone from the folder: a0", "new: their files were added, or their rows deleted: d0",
-                     "now in another group: a2 (a -> z)", "are dropped (words belong into `note`): comment"):
-        assert expected in text
-    assert not differences(LIST, ["proposed"], honour_hand(LIST, LIST))
-
-
-def test_a_list_without_proposals_says_what_changes():
-    before = [replace(tile, proposed="") for tile in LIST]
-    after = honour_hand([replace(LIST[0], proposed="sparse"), *LIST[1:]], before)
-    assert "cannot be told: a0 (train -> sparse)" in differences(before, ["key", "split"], after)[0]
 
 
 def test_an_old_list_that_cannot_be_read_is_not_overwritten(tmp_path):
@@ -331,8 +286,8 @@ def test_the_report_shows_counts_groups_and_every_reason(tmp_path):
     for line in text.splitlines():
         if line.startswith("!["):
             assert (folder / line.rpartition("(")[2].rstrip(")")).stat().st_size > 5000
-    assert "3 images" not in text and "copies: 1 images stand under more than one key" in text
-    assert "warning: 1 images are kept under more than one key, e.g. a-good = b-above = c-good" in out.stderr
+    assert "copies: 1 image under more than one key, 1 in more than one group" in text
+    assert "warning: kept under more than one key: 1 image, e.g. a-good = b-above = c-good" in out.stderr
 
 
 def test_sheets_go_from_the_threshold_outwards():
