@@ -209,7 +209,8 @@ def draw(tile: Tile, config: Config) -> tuple[str, np.ndarray]:
                        f"{abs(tile.shift_y):.0f} px {'down' if tile.shift_y > 0 else 'up'}")
     elif tile.note:
         numbers.append(tile.note[:40])
-    return "\n".join([tile.key, *numbers]), figures.annotated(image, mask, glass, len(config.data.classes))
+    key = tile.key if len(tile.key) <= 26 else "…" + tile.key[-25:]
+    return "\n".join([key, *numbers]), figures.annotated(image, mask, glass, len(config.data.classes))
 
 
 def write(folder: Path, result: Filtered, config: Config, changes: Sequence[str], before: Path) -> None:
