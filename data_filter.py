@@ -14,6 +14,7 @@ the filter keeps every verdict that was set by hand.
 """
 
 import argparse
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -242,11 +243,16 @@ def main() -> None:
     path, folder = root / TILE_LIST, root / filter_report.FOLDER
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers must be at least 1; it is {args.workers}")
+    if root.is_dir() and not os.access(root, os.W_OK):
+        raise UserError(f"{root}: cannot be written to, but {TILE_LIST} is to stand there; allow it or copy the tiles")
     before, columns = review.read_before(path)
+    edited = path.stat().st_mtime_ns if before else None
     result = filter_tiles(config, args.workers, before, partial(announce, config=config))
     refuse_corrupt(result.tiles, args.skip_corrupt)
     changes = review.differences(before, columns, result.tiles)
     with held(root):
+        if path.exists() and path.stat().st_mtime_ns != edited:
+            raise UserError(f"{path}: changed while the tiles were judged; run data_filter.py again")
         filter_report.write(folder, result, config, changes, path)
         if not result.kept:
             raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then mend "

@@ -68,19 +68,25 @@ def differences(before: Sequence[Tile], columns: Sequence[str], after: Sequence[
     known = {f.name for f in fields(Tile)}
     lists = {
         "set by hand and kept": [f"{tile.key} ({tile.proposed} -> {tile.split})" for was, tile in hand
-                                          if tile.split == was.split],
+                                 if _kept(was, tile)],
         "set by hand and lost": [f"{tile.key} ({was.split}, now {tile.split})" for was, tile in hand
-                                                   if tile.split != was.split],
-        "set by hand, but gone from the folder": [key for key, was in old.items()
-                                                                      if was.set_by_hand and key not in new],
+                                 if not _kept(was, tile)],
+        "set by hand, but gone from the folder": [key for key, was in old.items() if was.set_by_hand
+                                                  and key not in new],
         "new in the list, since their files were added or their rows deleted": [key for key in new if key not in old],
         "now in another group": [f"{tile.key} ({was.group or 'none'} -> {tile.group or 'none'})"
-                                           for was, tile in shared if was.group != tile.group],
-        "columns that are not the filter's and are dropped; words belong into `note`": [name for name in columns
-                                                                                   if name not in known],
+                                 for was, tile in shared if was.group != tile.group],
+        "columns that are not the filter's and are dropped; words belong into `note`": [
+            name for name in columns if name not in known],
     }
     if "proposed" not in columns:
         lists["with another verdict than in the old list, which has no column `proposed` to tell those set by hand"] = [
             f"{tile.key} ({was.split} -> {tile.split})" for was, tile in shared if was.split != tile.split]
     return [f"{what} ({len(found)}): {', '.join(found[:SHOWN])}{', …' if len(found) > SHOWN else ''}"
             for what, found in lists.items() if found]
+
+
+def _kept(was: Tile, now: Tile) -> bool:
+    """Whether a verdict set by hand still holds; a tile kept against the filter may have followed its group."""
+    followed = now.proposed not in SPLITS and {was.split, now.split} <= set(SPLITS)
+    return was.split == now.split or followed
