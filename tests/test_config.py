@@ -50,7 +50,20 @@ def test_a_number_in_exponent_form_is_a_number(tmp_path):
     assert load_config(write(tmp_path, "optim: {lr: 5e-4}")).optim.lr == 5e-4
 
 
+@pytest.mark.parametrize("word", ["off", "null", "none", "~", "false"])
+def test_a_limit_can_be_switched_off_in_a_file_and_on_the_command_line(tmp_path, word):
+    config = load_config(write(tmp_path, f"filter: {{max_blank: {word}}}"))
+    assert config.filter.max_blank is None and config.filter.max_unmarked is None
+    assert apply_overrides(Config(), [f"filter.max_blank={word}"]).filter.max_blank is None
+    assert load_config(write(tmp_path, config.to_yaml())).filter == config.filter
+
+
 @pytest.mark.parametrize(("text", "expected"), [
+    ("filter: {max_blank: true}", "filter.max_blank must be a number; it is True"),
+    ("filter: {max_shift: -1}", "filter.max_shift is a number of pixels, or off; it is -1"),
+    ("filter: {min_foreground: off}", "filter.min_foreground must be a number"),
+    ("filter: {blank_reference: maxmum}", "did you mean 'maximum'"),
+    ("filter: {drop_duplicates: 1}", "filter.drop_duplicates must be true or false; it is 1"),
     ("optim: {Ir: 0.1}", "unknown key 'optim.Ir'; did you mean 'optim.lr'"),
     ("epochs: 3", "did you mean 'train.epochs'"),
     ("seed: 1\nseed: 2", "line 2: key 'seed' stands twice"),

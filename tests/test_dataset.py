@@ -189,6 +189,8 @@ def test_the_list_comes_back_as_written(tmp_path):
 @pytest.mark.parametrize(("edit", "expected"), [
     (lambda rows: [{**row, "split": "trian"} for row in rows], "line 2: split is 'trian'"),
     (lambda rows: [{**rows[0], "blank": "low"}, *rows[1:]], "blank must be a number or empty"),
+    (lambda rows: [{**rows[0], "proposed": "good"}, *rows[1:]], "line 2: proposed is 'good'"),
+    (lambda rows: [{**rows[0], "shift_x": "left"}, *rows[1:]], "shift_x must be a number or empty"),
     (lambda rows: [*rows, rows[0]], "stands in 2 rows"),
     (lambda rows: [{**rows[0], "image": "../../etc/passwd"}, *rows[1:]], "leaves the data folder"),
     (lambda rows: [{**row, "split": "train" if i else "test", "group": "s0"} for i, row in enumerate(rows)],
@@ -207,6 +209,15 @@ def test_a_badly_edited_list_names_line_and_cause(tmp_path, edit, expected):
     with pytest.raises(UserError, match=expected) as error:
         read_tiles(tmp_path)
     assert str(path) in str(error.value)
+
+
+def test_a_list_whose_file_has_become_a_link_out_of_the_folder_is_refused(tmp_path):
+    _, tiles = listed(tmp_path / "tiles")
+    file = tmp_path / "tiles" / tiles[0].image
+    file.rename(tmp_path / "secret.png")
+    file.symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match="leads out of the data folder"):
+        read_tiles(tmp_path / "tiles")
 
 
 @pytest.mark.parametrize("save", [
