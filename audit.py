@@ -179,7 +179,7 @@ def misalignment(darkness: np.ndarray, tissue: np.ndarray, sigma: float) -> tupl
 def _cells(values: np.ndarray, cell: int) -> np.ndarray:
     """Means of whole numbers (H, W) over squares of `cell` pixels, float64; the lower and right remainder is cut off.
 
-    The sums are exact, so that no processor or number of threads changes a measurement.
+    The sums are exact, so that the number of threads changes no measurement.
     """
     height, width = (length // cell for length in values.shape)
     rows = values[:height * cell, :width * cell].reshape(height, cell, -1).sum(axis=1, dtype=np.float32)

@@ -80,9 +80,13 @@ class Filter:
             value = getattr(self, name)
             _check(0 <= value <= 1, f"filter.{name} is a share from 0 to 1; it is {value}")
         _check(self.sigma > 0, f"filter.sigma must be positive; it is {self.sigma}")
-        for name, unit in (("max_blank", "a share"), ("max_unmarked", "a share"), ("max_shift", "a number of pixels")):
+        _check(0 <= self.blank_intensity <= 255, f"filter.blank_intensity is a grey from 0 to 255; it is "
+               f"{self.blank_intensity}")
+        for name in ("max_blank", "max_unmarked"):
             value = getattr(self, name)
-            _check(value is None or value >= 0, f"filter.{name} is {unit}, or off; it is {value}")
+            _check(value is None or 0 <= value <= 1, f"filter.{name} is a share from 0 to 1, or off; it is {value}")
+        _check(self.max_shift is None or self.max_shift >= 0, "filter.max_shift is a number of pixels, or off; it is "
+               f"{self.max_shift}")
 
 
 @dataclass(frozen=True)

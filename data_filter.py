@@ -77,7 +77,7 @@ def judge(root: Path, greys: Sequence[int], limits: Filter, tile: Tile) -> tuple
     try:
         image, mask = read_pair(root, tile, greys)
     except UserError as error:
-        return replace(tile, proposed="corrupt", note=str(error)), b""
+        return replace(tile, proposed="corrupt", reason=str(error)), b""
     tile = replace(tile, **audit.measure(image, mask > 0, limits))
     return replace(tile, proposed=audit.verdict(tile, limits)), sha256(image).digest()
 
@@ -105,6 +105,7 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
                 progress.advance()
     tiles, copies = mark_copies(tiles, digests, config.filter.drop_duplicates)
     tiles = review.honour(propose_split(tiles, data.test_fraction, config.seed), before)
+    surveyed.pixels[[tile.proposed == "corrupt" for tile in tiles]] = 0
     return replace(surveyed, tiles=tiles, copies=copies)
 
 
@@ -126,12 +127,12 @@ def survey(root: Path, tiles: Sequence[Tile], config: Config, over: Map) -> Filt
                     pixels[i] = count_classes(root / tile.mask, seen.greys, greys)
                 except UserError as error:
                     problem, strangers = str(error), strangers + 1
-            surveyed.append(replace(tile, proposed="corrupt", note=problem) if problem else tile)
+            surveyed.append(replace(tile, proposed="corrupt", reason=problem) if problem else tile)
             sizes.append(seen.size)
             progress.advance()
     known = Counter(size for size in sizes if size)
     if not known:
-        raise UserError(f"{root}: none of {len(tiles)} pairs can be read; the first: {surveyed[0].note}")
+        raise UserError(f"{root}: none of {len(tiles)} pairs can be read; the first: {surveyed[0].reason}")
     if 2 * strangers > known.total():
         raise UserError(f"{root}: {strangers} of {known.total()} masks hold greys that data.greys {list(greys)} does "
                         f"not name. {_census(census, holders)}")
@@ -141,13 +142,12 @@ def survey(root: Path, tiles: Sequence[Tile], config: Config, over: Map) -> Filt
         raise UserError(f"{root}: tiles must be of one size (height x width); found {found}. Cut or sort them")
     for i, (tile, size) in enumerate(zip(surveyed, sizes, strict=True)):
         if tile.proposed != "corrupt" and size != common:
-            surveyed[i] = replace(tile, proposed="corrupt", note=(
+            surveyed[i] = replace(tile, proposed="corrupt", reason=(
                 f"{root / tile.image}: {size[0]} x {size[1]} pixels (height x width), most tiles have {common[0]} x "
                 f"{common[1]}; tiles must be of one size"))
         elif tile.proposed != "corrupt":
             tile = replace(tile, foreground=float(1 - pixels[i, 0] / pixels[i].sum()))
             surveyed[i] = replace(tile, proposed=audit.verdict(tile, config.filter))
-    pixels[[tile.proposed == "corrupt" for tile in surveyed]] = 0
     return Filtered(surveyed, pixels, census, common)
 
 
@@ -175,7 +175,7 @@ def mark_copies(tiles: Sequence[Tile], digests: dict[int, bytes], drop: bool) ->
     same = [places for places in same.values() if len(places) > 1]
     for first, *others in same:
         for i in others:
-            tiles[i] = replace(tiles[i], note=f"same image as {tiles[first].key}")
+            tiles[i] = replace(tiles[i], reason=f"same image as {tiles[first].key}")
     for places in same if drop else []:
         for i in [i for i in places if not tiles[i].proposed][1:]:
             tiles[i] = replace(tiles[i], proposed="duplicate")
@@ -198,10 +198,10 @@ def refuse_corrupt(tiles: Sequence[Tile], skip: bool) -> None:
     """List the corrupt tiles with their reasons; a `UserError` counts them unless they are to be skipped."""
     corrupt = [tile for tile in tiles if tile.split == "corrupt"]
     for tile in corrupt:
-        warn(tile.note)
+        warn(tile.reason)
     if corrupt and not skip:
-        raise UserError(f"{len(corrupt)} of {len(tiles)} tiles are corrupt, see above; {TILE_LIST} was not written. "
-                        "Mend or remove them, or go on without them by --skip-corrupt")
+        raise UserError(f"corrupt tiles, see above: {len(corrupt)} of {len(tiles)}; {TILE_LIST} was not written. Mend "
+                        "or remove them, or go on without them by --skip-corrupt")
 
 
 def announce(surveyed: Filtered, config: Config) -> None:
@@ -211,6 +211,8 @@ def announce(surveyed: Filtered, config: Config) -> None:
         reason = "finds another group in every key" if config.data.group else "is not set"
         warn(f"data.group {reason}, so tiles are split one by one: tiles of one slide or patient can fall into both "
              "train and test, and scores then flatter. Give a pattern that finds the slide in the key if you can")
+    if min(surveyed.size) < config.data.crop:
+        warn(f"the tiles are smaller than data.crop={config.data.crop}; train.py needs a smaller one")
 
 
 def warn_of(result: Filtered, config: Config) -> None:
@@ -223,11 +225,15 @@ def warn_of(result: Filtered, config: Config) -> None:
         warn(f"kept under more than one key: {len(kept)} image{'s' * (len(kept) > 1)}, e.g. {' = '.join(kept[0][:4])}; "
              f"in both train and test, which flatters the scores: {len(torn)}. filter.drop_duplicates=true keeps one "
              "of each")
+    pixels = {split: result.pixels[[tile.split == split for tile in result.tiles]].sum(axis=0) for split in SPLITS}
     for split in SPLITS:
-        pixels = result.pixels[[tile.split == split for tile in result.tiles]].sum(axis=0)
-        absent = [name for name, count in zip(config.data.classes, pixels, strict=True) if not count]
-        if absent and pixels.any():
-            warn(f"no pixel of {' and '.join(absent)} in the {split} tiles; another seed=N splits otherwise")
+        if not pixels[split].any():
+            warn(f"no tile has split = {split}; train.py and evaluate.py need both, so mend {TILE_LIST}")
+    for name, *counts in zip(config.data.classes, *pixels.values(), strict=True):
+        if not any(counts):
+            warn(f"no pixel of {name} in the tiles that are kept")
+        elif not all(counts):
+            warn(f"no pixel of {name} in the {SPLITS[counts.index(0)]} tiles; another seed=N splits otherwise")
 
 
 def main() -> None:
@@ -245,18 +251,19 @@ def main() -> None:
         raise UserError(f"--workers must be at least 1; it is {args.workers}")
     if root.is_dir() and not os.access(root, os.W_OK):
         raise UserError(f"{root}: cannot be written to, but {TILE_LIST} is to stand there; allow it or copy the tiles")
-    before, columns = review.read_before(path)
-    edited = path.stat().st_mtime_ns if before else None
+    text = path.read_bytes() if path.exists() else b""
+    before = review.read_before(path)
     result = filter_tiles(config, args.workers, before, partial(announce, config=config))
     refuse_corrupt(result.tiles, args.skip_corrupt)
-    changes = review.differences(before, columns, result.tiles)
+    changes = review.differences(before, text, result.tiles)
     with held(root):
-        if path.exists() and path.stat().st_mtime_ns != edited:
-            raise UserError(f"{path}: changed while the tiles were judged; run data_filter.py again")
         filter_report.write(folder, result, config, changes, path)
         if not result.kept:
             raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then mend "
                             "the masks or relax filter.min_foreground and filter.max_blank")
+        if text != (path.read_bytes() if path.exists() else b""):
+            raise UserError(f"{path}: was edited while the tiles were judged, and is left as it is; run data_filter.py "
+                            "again")
         write_tiles(path, result.tiles)
     print(*filter_report.copies(result), *changes, "", filter_report.verdicts(result, config.data.classes), sep="\n")
     warn_of(result, config)

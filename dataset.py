@@ -178,8 +178,10 @@ class Tile:
     shift_y: float | None = None  # and too low
     confidence: float | None = None  # in this shift, from 0 to 1
     proposed: str = ""  # the filter's verdict
-    split: str = ""  # the verdict in force: train, test, or why the tile is dropped; another one was set by hand
-    note: str = ""
+    split: str = ""  # the verdict in force: train, test, or why the tile is dropped; for a person to edit
+    by_hand: str = ""  # the verdict that a person had set when the filter ran last
+    reason: str = ""  # why the filter calls the tile corrupt, or which tile it is a copy of
+    note: str = ""  # a person's
 
     @property
     def shift(self) -> float | None:
@@ -187,8 +189,11 @@ class Tile:
         return None if self.shift_x is None or self.shift_y is None else math.hypot(self.shift_x, self.shift_y)
 
     @property
-    def set_by_hand(self) -> bool:
-        return self.proposed not in ("", self.split)
+    def hand(self) -> str:
+        """The verdict that a person set, if any; setting `split` back to what is proposed takes it back."""
+        if not self.proposed or self.split not in (self.proposed, self.by_hand):
+            return self.split if self.proposed else ""
+        return self.by_hand if self.split == self.by_hand or self.proposed == "corrupt" else ""
 
 
 NEEDED_COLUMNS = ("key", "image", "mask", "split")  # of tiles.csv
@@ -274,8 +279,8 @@ def split_by_group(tiles: Sequence[Tile], test_fraction: float, seed: int) -> li
     if not test:
         test = list(min(groups, key=len))
     if len(test) == len(tiles) or not tiles:
-        raise UserError(f"{len(tiles)} tiles of {len(groups)} groups cannot be split into a training and a test set; "
-                        "at least two groups (slides, patients) are needed")
+        raise UserError(f"too few groups (slides, patients) for a training and a test set: {len(groups)}, with "
+                        f"{len(tiles)} tiles that can be kept; at least two are needed")
     chosen = set(test)
     return ["test" if i in chosen else "train" for i in range(len(tiles))]
 
@@ -309,7 +314,7 @@ def read_tiles(root: Path) -> list[Tile]:
         raise UserError(f"{path}: the cleaned list of tiles is missing; {hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
-        rows = csv.DictReader(io.StringIO(text), delimiter=";" if text.startswith("key;") else ",")
+        rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=text.partition("\n")[0].count))
         missing = [name for name in NEEDED_COLUMNS if name not in (rows.fieldnames or ())]
         if missing:
             raise UserError(f"{path}: expected the columns {', '.join(f.name for f in fields(Tile))}; missing: "
@@ -335,10 +340,12 @@ def _tile_of(row: dict, where: str) -> Tile:
     if None in row.values() or None in row:
         raise UserError(f"{where}: expected {len(row) - (None in row)} columns, as in the first line")
     values = {f.name: row[f.name] for f in fields(Tile) if f.name in row}
-    for name in ("split", "proposed"):
+    for name in ("split", "proposed", "by_hand"):
         value = values.get(name, "")
         if value not in SPLITS + DROPPED and (name == "split" or value):
             raise UserError(f"{where}: {name} is '{value}'; expected one of {', '.join(SPLITS + DROPPED)}")
+    if values["split"] == "corrupt" != values.get("proposed", "corrupt"):
+        raise UserError(f"{where}: only the filter calls a tile corrupt; to drop it write 'excluded'")
     for name in ("image", "mask"):
         if Path(values[name]).is_absolute() or ".." in Path(values[name]).parts:
             raise UserError(f"{where}: {name} '{values[name]}' leaves the data folder; give a path below it")

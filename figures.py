@@ -4,6 +4,7 @@ Colours are fixed by class index, never scaled to what a picture happens to cont
 plots a mask without tumour looks like one without background (figures 7 and 9 to 11).
 """
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -104,7 +105,8 @@ def histograms(panels: Sequence[tuple[str, np.ndarray, np.ndarray, float | None]
 
 
 def save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a key may hold letters that the font lacks
         figure.savefig(temporary, format=path.suffix[1:])
 
 

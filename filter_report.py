@@ -40,7 +40,7 @@ class Filtered:
     """What the filter found."""
 
     tiles: list[Tile]
-    pixels: np.ndarray  # (N, K) of each class; zeros where a tile is corrupt
+    pixels: np.ndarray  # (N, K) of each class; zeros once a tile is known to be corrupt
     greys: np.ndarray  # (256,) pixels of each grey in all masks
     size: tuple[int, int]  # height, width of the tiles
     copies: list[list[str]] = field(default_factory=list)  # keys that show the same image
@@ -69,11 +69,12 @@ def preflight(result: Filtered, config: Config) -> str:
     census = ", ".join(f"{grey} {data.classes[data.greys.index(grey)] if grey in data.greys else 'NOT A CLASS'} "
                        f"{result.greys[grey] / result.greys.sum():.2%}" for grey in np.flatnonzero(result.greys))
     corrupt = sum(tile.proposed == "corrupt" for tile in tiles)
+    many = len(groups) > 1
     return "\n".join([
         f"pairs: {len(tiles)}, of {result.size[0]} x {result.size[1]} pixels (height x width)"
         + (f"; {corrupt} of them corrupt" if corrupt else ""),
-        f"groups: {len(groups)}, of {' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} tiles; none will "
-        "be in both train and test" if groups else "groups: none, since data.group is not set",
+        f"groups: {len(groups)}, of {' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} tiles"
+        + ("; none will be in both train and test" * many) if groups else "groups: none, since data.group is not set",
         f"greys of the masks: {census}",
     ])
 
@@ -129,8 +130,8 @@ def summary(result: Filtered, config: Config, changes: Sequence[str], pictures: 
     """The Markdown of summary.md; `changes` are sentences on verdicts set by hand."""
     tiles, limits = result.tiles, config.filter
     settings = [[name, "off" if value is None else str(value)] for name, value in to_dict(limits).items()]
-    hand = [[tile.key, tile.proposed, tile.split, tile.note] for tile in tiles if tile.set_by_hand]
-    corrupt = [[tile.key, tile.note] for tile in tiles if tile.split == "corrupt"]
+    hand = [[tile.key, tile.proposed, tile.split, tile.note] for tile in tiles if tile.by_hand]
+    corrupt = [[tile.key, tile.reason] for tile in tiles if tile.split == "corrupt"]
     split = {tile.key: tile.split for tile in tiles}
     same = [[keys[0], ", ".join(keys[1:]), ", ".join(sorted({split[key] for key in keys}))] for keys in result.copies]
     parts = [
@@ -207,8 +208,8 @@ def draw(tile: Tile, config: Config) -> tuple[str, np.ndarray]:
     if tile.shift is not None and (tile.confidence or 0) >= config.filter.min_confidence:
         numbers.append(f"off by {abs(tile.shift_x):.0f} px {'right' if tile.shift_x > 0 else 'left'}, "
                        f"{abs(tile.shift_y):.0f} px {'down' if tile.shift_y > 0 else 'up'}")
-    elif tile.note:
-        numbers.append(tile.note[:40])
+    elif tile.reason or tile.note:
+        numbers.append((tile.reason or tile.note)[:40])
     key = tile.key if len(tile.key) <= 26 else "…" + tile.key[-25:]
     return "\n".join([key, *numbers]), figures.annotated(image, mask, glass, len(config.data.classes))
 

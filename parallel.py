@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,9 +37,9 @@ def spread(workers: int) -> Iterator[Map]:
     if workers <= 1:
         yield map
         return
-    for name in ONE_THREAD:  # the workers share the cores already; a spawned one reads this when it starts
-        os.environ.setdefault(name, "1")
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt)
+    with _for_workers():
+        pool.submit(int)  # starts them all
 
     def over(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         return chain.from_iterable(_in_order(pool, function, items, workers))
@@ -49,6 +50,24 @@ def spread(workers: int) -> Iterator[Map]:
         raise UserError("a worker process ended before its time, perhaps for lack of memory; try --workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _for_workers() -> Iterator[None]:
+    """What processes that start here inherit: one thread each, since they share the cores, and no ear for Ctrl-C."""
+    before = dict(os.environ)
+    for name in ONE_THREAD:
+        os.environ.setdefault(name, "1")
+    main = threading.current_thread() is threading.main_thread()  # no other may touch signals
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        yield
+    finally:
+        for name in ONE_THREAD:
+            if name not in before:
+                del os.environ[name]
+        if main:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _in_order(pool: ProcessPoolExecutor, function: Callable, items: Sequence, workers: int) -> Iterator[list]:

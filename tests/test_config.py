@@ -61,6 +61,8 @@ def test_a_limit_can_be_switched_off_in_a_file_and_on_the_command_line(tmp_path,
 @pytest.mark.parametrize(("text", "expected"), [
     ("filter: {max_blank: true}", "filter.max_blank must be a number; it is True"),
     ("filter: {max_shift: -1}", "filter.max_shift is a number of pixels, or off; it is -1"),
+    ("filter: {max_unmarked: 5}", "filter.max_unmarked is a share from 0 to 1, or off; it is 5"),
+    ("filter: {blank_intensity: 400}", "filter.blank_intensity is a grey from 0 to 255"),
     ("filter: {min_foreground: off}", "filter.min_foreground must be a number"),
     ("filter: {blank_reference: maxmum}", "did you mean 'maximum'"),
     ("filter: {drop_duplicates: 1}", "filter.drop_duplicates must be true or false; it is 1"),

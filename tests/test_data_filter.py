@@ -14,7 +14,7 @@ from PIL import Image
 import data_filter
 from config import Config, Data, Filter
 from console import UserError
-from data_filter import filter_tiles
+from data_filter import filter_tiles, mark_copies
 from dataset import SPLITS, Tile, read_tiles, write_tiles
 from filter_report import copies, nearness, sheets, verdicts
 
@@ -88,6 +88,9 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- copies
 
+LIST = [Tile(str(i), f"f{i}", f"m{i}") for i in range(4)]
+
+
 def test_copies_are_found_by_content_and_dropped_where_asked(tmp_path):
     write_pairs(tmp_path, 12, slides=4)
     image = Image.open(tmp_path / "frames/frame#s0-0.png")
@@ -97,11 +100,17 @@ def test_copies_are_found_by_content_and_dropped_where_asked(tmp_path):
     assert result.copies == [["s0-0", "s3-7"]]
     assert copies(result) == ["copies: 1 image under more than one key, 1 in more than one group"]
     copy = next(tile for tile in result.tiles if tile.key == "s3-7")
-    assert copy.split in SPLITS and copy.note == "same image as s0-0"
+    assert copy.split in SPLITS and copy.reason == "same image as s0-0"
     config = replace(config, filter=Filter(drop_duplicates=True))
     assert [tile.key for tile in filter_tiles(config).tiles if tile.split == "duplicate"] == ["s3-7"]
-    Image.new("L", image.size, 26).save(tmp_path / "masks/mask#s0-0.png")  # the first is dropped, so the copy is kept
-    assert not [tile.key for tile in filter_tiles(config).tiles if tile.split == "duplicate"]
+
+
+def test_of_copies_the_first_one_that_the_filter_keeps_stays():
+    tiles = [replace(LIST[i], proposed=verdict) for i, verdict in enumerate(("misregistered", "", "", "unmarked"))]
+    for drop, expected in ((False, ""), (True, "duplicate")):
+        marked, same = mark_copies(tiles, dict.fromkeys(range(4), b"x"), drop)
+        assert [tile.proposed for tile in marked] == ["misregistered", "", expected, "unmarked"]
+        assert same == [["0", "1", "2", "3"]] and marked[3].reason == "same image as 0" and not marked[0].reason
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -131,7 +140,7 @@ def test_corrupt_tiles_are_listed_and_stop_the_run_after_all_were_judged(tmp_pat
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
     run = ["data_filter.py", "--config", "x.yaml", "--workers", workers]
     out = script(*run, cwd=tmp_path)
-    assert out.returncode == 2 and "error: 6 of 20 tiles are corrupt" in out.stderr
+    assert out.returncode == 2 and "error: corrupt tiles, see above: 6 of 20" in out.stderr
     for key, reason in reasons.items():
         assert [line for line in out.stderr.splitlines() if f"#{key}.png" in line and reason in line], key
     assert not (tmp_path / "tiles/tiles.csv").exists()
@@ -139,7 +148,7 @@ def test_corrupt_tiles_are_listed_and_stop_the_run_after_all_were_judged(tmp_pat
     assert out.returncode == 0, out.stderr
     tiles = {tile.key: tile for tile in read_tiles(tmp_path / "tiles")}
     assert {key for key, tile in tiles.items() if tile.split == "corrupt"} == set(reasons)
-    assert all(reason in tiles[key].note for key, reason in reasons.items())
+    assert all(reason in tiles[key].reason for key, reason in reasons.items())
     assert sum(tile.split in SPLITS for tile in tiles.values()) == 14
 
 
@@ -206,23 +215,62 @@ def test_a_link_inside_the_data_folder_and_a_linked_root_are_fine(tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_the_old_list_stays_whole(tmp_path, how):
+@pytest.mark.parametrize("when", ["judging", "drawing"])
+def test_interrupted_the_old_list_stays_whole(tmp_path, how, when):
+    write_pairs(tmp_path / "tiles", 60, size=(300, 300))
+    (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
+    (tmp_path / "tiles/tiles.csv").write_text("key,image,mask,split\n0,frames/frame#0.png,masks/mask#0.png,test\n")
+    before = (tmp_path / "tiles/tiles.csv").read_bytes()
+    process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "x.yaml", "--workers", "2"],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    process.stdout.readline()  # preflight: the images come next
+    while when == "drawing" and not (tmp_path / "tiles/filter.partial").exists():
+        time.sleep(0.005)
+    os.killpg(process.pid, how)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -9) and "Traceback" not in message
+    assert (tmp_path / "tiles/tiles.csv").read_bytes() == before
+    assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
+    assert not list((tmp_path / "tiles").glob("*.partial")) and not list((tmp_path / "tiles").glob(".*.tmp"))
+
+
+def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path):
     write_pairs(tmp_path / "tiles", 30, size=(200, 200))
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
-    (tmp_path / "y.yaml").write_text("data: {root: tiles, test_fraction: 0.5}\n")
+    path = tmp_path / "tiles/tiles.csv"
     assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
-    before = (tmp_path / "tiles/tiles.csv").read_bytes()
-    for delay in (0.8, 1.3):
-        process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "y.yaml", "--workers",
-                                    "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        time.sleep(delay)
-        os.killpg(process.pid, how)
-        _, message = process.communicate()
-        if process.returncode:
-            assert (tmp_path / "tiles/tiles.csv").read_bytes() == before
-            assert how == signal.SIGKILL or "Traceback" not in message or "import" in message
-    assert script("data_filter.py", "--config", "y.yaml", cwd=tmp_path).returncode == 0
-    assert not list((tmp_path / "tiles").glob("*.partial")) and not list((tmp_path / "tiles").glob(".*.tmp"))
+    process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "x.yaml"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "tiles/filter.partial").exists():
+        time.sleep(0.005)
+    edit(path, **{"3": "excluded"})
+    edited = path.read_bytes()
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 2 and "was edited while the tiles were judged" in message
+    assert path.read_bytes() == edited
+
+
+def test_empty_sides_and_absent_classes_are_said(tmp_path):
+    write_pairs(tmp_path / "tiles", 6)
+    for path in (tmp_path / "tiles/masks").iterdir():
+        Image.fromarray(np.where(np.asarray(Image.open(path)) == 77, 51, 26).astype(np.uint8)).save(path)
+    (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
+    out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    assert out.returncode == 0 and "no pixel of tumour in the tiles that are kept" in out.stderr
+    assert "the tiles are smaller than data.crop=256" in out.stderr
+    tests = [tile.key for tile in read_tiles(tmp_path / "tiles") if tile.split == "test"]
+    edit(tmp_path / "tiles/tiles.csv", **dict.fromkeys(tests, "excluded"))
+    out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    assert out.returncode == 0 and "no tile has split = test" in out.stderr
+
+
+def test_pixels_of_corrupt_tiles_count_nowhere(tmp_path):
+    write_pairs(tmp_path, 6)
+    spoiled = tmp_path / "frames/frame#2.png"
+    spoiled.write_bytes(spoiled.read_bytes()[:-200])
+    result = filter_tiles(Config(data=Data(root=str(tmp_path))))
+    assert [i for i, tile in enumerate(result.tiles) if tile.split == "corrupt"] == [2] and not result.pixels[2].any()
 
 
 # ---------------------------------------------------------------------------------------------- set by hand
@@ -310,6 +358,6 @@ def test_the_list_of_an_earlier_version_is_read(tmp_path):
     (tmp_path / "tiles.csv").write_text("key,image,mask,group,foreground,blank,split\n" + "".join(
         f"{i},frames/frame#{i}.png,masks/mask#{i}.png,,0.5,0.01,{split}\n" for i, split in enumerate(SPLITS)))
     tiles = read_tiles(tmp_path)
-    assert [tile.split for tile in tiles] == list(SPLITS) and not any(tile.set_by_hand for tile in tiles)
+    assert [tile.split for tile in tiles] == list(SPLITS) and not any(tile.hand for tile in tiles)
     write_tiles(tmp_path / "tiles.csv", tiles)
     assert read_tiles(tmp_path) == tiles

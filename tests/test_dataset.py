@@ -190,6 +190,7 @@ def test_the_list_comes_back_as_written(tmp_path):
     (lambda rows: [{**row, "split": "trian"} for row in rows], "line 2: split is 'trian'"),
     (lambda rows: [{**rows[0], "blank": "low"}, *rows[1:]], "blank must be a number or empty"),
     (lambda rows: [{**rows[0], "proposed": "good"}, *rows[1:]], "line 2: proposed is 'good'"),
+    (lambda rows: [{**rows[0], "split": "corrupt", "proposed": "train"}, *rows[1:]], "write 'excluded'"),
     (lambda rows: [{**rows[0], "shift_x": "left"}, *rows[1:]], "shift_x must be a number or empty"),
     (lambda rows: [*rows, rows[0]], "stands in 2 rows"),
     (lambda rows: [{**rows[0], "image": "../../etc/passwd"}, *rows[1:]], "leaves the data folder"),
@@ -222,8 +223,10 @@ def test_a_list_whose_file_has_become_a_link_out_of_the_folder_is_refused(tmp_pa
 
 @pytest.mark.parametrize("save", [
     lambda text: text.encode("utf-8-sig"), lambda text: text.replace("\n", "\r\n").encode(),
-    lambda text: text.replace(",", ";").replace("0.5", "0,5").encode(), lambda text: (text + ",,,,,,\n").encode()],
-    ids=["byte order mark", "CRLF", "semicolons", "blank row"])
+    lambda text: text.replace(",", ";").replace("0.5", "0,5").encode(),
+    lambda text: text.replace("key,image", '"key","image"').replace(",", ";").encode(),
+    lambda text: text.replace(",", "\t").encode(), lambda text: (text + ",,,,,,\n").encode()],
+    ids=["byte order mark", "CRLF", "semicolons", "quotes", "tabs", "blank row"])
 def test_lists_saved_by_spreadsheets_are_read(tmp_path, save):
     _, tiles = listed(tmp_path)
     path = tmp_path / "tiles.csv"
@@ -262,7 +265,7 @@ def test_a_split_never_cuts_a_group(seed):
 
 
 def test_one_group_cannot_be_split():
-    with pytest.raises(UserError, match="cannot be split"):
+    with pytest.raises(UserError, match="too few groups"):
         split_by_group([Tile(str(i), "", "", group="g") for i in range(9)], 0.2, seed=0)
 
 

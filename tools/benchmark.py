@@ -6,11 +6,12 @@
 Machines are shared and noisy: the two sides take turns, and the table quotes medians and the range of the ratios.
 
     filter_check     Algorithm 1 on a decoded tile, one core: scipy's float64 Gaussian, line by line
-    filter_pass      a tile from files to verdict, one core: the original's path of decoding, check and compressed npz;
-                     ours measures the other direction and the shift of the mask besides
-    filter_workers   the whole filter on one process and on two, start of the processes included
-    filter_memory    peak memory of the filter, all processes, for a tenth of the tiles and for all
-    filter_verdicts  verdicts on borderline tiles that differ from those of the literal algorithm
+    filter_pass      a tile from files to verdict, one core: the original's path of decoding, check and compressed npz
+                     of what is kept; ours writes no npz, and measures the other direction and the mask's shift besides
+    filter_judge     the same, with no npz on either side
+    filter_workers   judging all tiles on one process and on two, start of the processes included
+    filter_memory    peak memory of the largest process that judges, for a tenth of the tiles and for all
+    filter_verdicts  verdicts of Algorithm 1 on borderline variants of the tiles that differ from the literal ones
 """
 
 import argparse
@@ -88,8 +89,8 @@ def our_check(image: np.ndarray, tissue: np.ndarray, limits: Filter = REPORT) ->
     return np.count_nonzero(glass & tissue) / np.count_nonzero(tissue) < limits.max_blank
 
 
-def original_pass(root: Path, tiles: Sequence[Tile], out: Path) -> None:
-    """Decode a mask, apply the 1 % rule, decode the image, check, write both as compressed npz."""
+def original_pass(root: Path, tiles: Sequence[Tile], out: Path | None) -> None:
+    """Decode a mask, apply the 1 % rule, decode the image, check, write both as compressed npz below `out`, if any."""
     for tile in tiles:
         mask = np.array(Image.open(root / tile.mask))
         for label, grey in enumerate(GREYS):
@@ -97,7 +98,7 @@ def original_pass(root: Path, tiles: Sequence[Tile], out: Path) -> None:
         if np.count_nonzero(mask) / mask.size < REPORT.min_foreground:
             continue
         image = np.array(Image.open(root / tile.image))
-        if literal_check(image, np.logical_or(mask == 1, mask == 2)):
+        if literal_check(image, np.logical_or(mask == 1, mask == 2)) and out:
             np.savez_compressed(out / f"mask{tile.key}", mask)
             np.savez_compressed(out / f"frame{tile.key}", image)
 
@@ -143,13 +144,13 @@ def filter_check(root: Path, quick: bool) -> dict:
                 len(pairs), 5 if quick else 9)
 
 
-def filter_pass(root: Path, quick: bool) -> dict:
+def filter_pass(root: Path, quick: bool, npz: bool = True) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         config = multiply(root, Path(folder) / "tiles", 60 if quick else len(demo_tiles(root)))
         tiles, out = demo_tiles(Path(config.data.root)), Path(folder) / "npz"
         out.mkdir()
-        return race(partial(our_pass, config), partial(original_pass, Path(config.data.root), tiles, out), len(tiles),
-                    3 if quick else 5)
+        plain = partial(original_pass, Path(config.data.root), tiles, out if npz else None)
+        return race(partial(our_pass, config), plain, len(tiles), 3 if quick else 5)
 
 
 def seconds_of_filter(config: Config, workers: int) -> float:
@@ -206,6 +207,7 @@ def filter_verdicts(root: Path, quick: bool) -> dict:
 
 
 BENCHMARKS = {"filter_check": (filter_check, True), "filter_pass": (filter_pass, True),
+              "filter_judge": (partial(filter_pass, npz=False), True),
               "filter_workers": (filter_workers, False), "filter_memory": (filter_memory, False),
               "filter_verdicts": (filter_verdicts, True)}  # name: (function, in a process of one thread)
 

@@ -5,7 +5,8 @@
 
 Reads DATA/truth.csv (tools/make_demo_data.py), DATA/tiles.csv and DATA/filter/settings.yaml (data_filter.py); the
 verdicts follow from the measurements in tiles.csv, with the filter's limits or others. Prints and writes
-DATA/filter/accuracy.md, and draws precision and recall over each threshold in accuracy.png.
+DATA/filter/accuracy.md, and draws precision and recall over each threshold in accuracy.png; the next run of the filter
+replaces them with its folder.
 
 Precision: of the tiles that a rule drops, the share that has a defect it is to find. Recall: of the tiles with such a
 defect, the share that it drops. The 1 % rule is to find `empty` tiles, the other rules the four defects of masks.
@@ -121,7 +122,7 @@ def _share(value: float) -> str:
 
 def _shift_errors(planted: Sequence[Planted], limits: Filter) -> list[str]:
     shifted = [one for one in planted if one.shift]
-    certain = [one for one in shifted if (one.tile.confidence or 0) >= limits.min_confidence]
+    certain = [one for one in shifted if one.tile.shift is not None and one.tile.confidence >= limits.min_confidence]
     errors = [np.hypot(one.tile.shift_x - one.shift[0], one.tile.shift_y - one.shift[1]) for one in certain]
     if not errors:
         return []
