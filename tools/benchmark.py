@@ -200,7 +200,7 @@ def filter_verdicts(root: Path, quick: bool) -> dict:
             tissue = np.roll(tissue, random.integers(-60, 61, 2), (0, 1))
             share = np.count_nonzero(find_glass(sum_inverted(image), REPORT) & tissue) / np.count_nonzero(tissue)
             nudge = random.integers(-2, 3) / np.count_nonzero(tissue)
-            limits = replace(REPORT, max_blank=max(0.0, share + nudge))
+            limits = replace(REPORT, max_blank=min(1.0, max(0.0, share + nudge)))
             changed += our_check(image, tissue, limits) != literal_check(image, tissue, limits)
             progress.advance()
     return {"ours": int(changed), "baseline": 0, "unit": f"changed of {count} borderline verdicts", "ratio": None}
