@@ -191,8 +191,10 @@ class Tile:
     @property
     def hand(self) -> str:
         """The verdict that a person set, if any; setting `split` back to what is proposed takes it back."""
-        if not self.proposed or self.split not in (self.proposed, self.by_hand):
-            return self.split if self.proposed else ""
+        if not self.proposed:  # a list that no filter wrote
+            return ""
+        if self.split not in (self.proposed, self.by_hand):
+            return self.split
         return self.by_hand if self.split == self.by_hand or self.proposed == "corrupt" else ""
 
 

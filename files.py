@@ -26,8 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place if the block ends well, and vanishes if it does not."""
     partial, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+
+    def clear() -> None:
+        if old.exists() and not folder.exists():  # stopped between the two renames
+            old.replace(folder)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    clear()
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -35,8 +41,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             folder.replace(old)
         partial.replace(folder)
     finally:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clear()
 
 
 def write_text(path: Path, text: str) -> None:

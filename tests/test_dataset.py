@@ -27,7 +27,7 @@ from dataset import (
     validation_crops,
     write_tiles,
 )
-from files import replacing
+from files import replacing, replacing_folder
 
 LAYOUT = "frames/frame#{key}.png", "masks/mask#{key}.png"
 
@@ -431,6 +431,21 @@ def test_batches_are_the_windows_flipped_alike_for_image_and_mask():
     assert (windows[2] == store[1, 3:7, 5:9][::-1, ::-1]).all()
     one_by_one = np.concatenate(list(crops.batches(store, 1)))
     assert (one_by_one == windows).all(), "the batch size changes nothing"
+
+
+def test_a_folder_is_replaced_whole_or_left_whole(tmp_path):
+    folder = tmp_path / "report"
+    with replacing_folder(folder) as partial:
+        (partial / "a").write_text("1")
+    with pytest.raises(RuntimeError), replacing_folder(folder) as partial:
+        (partial / "b").write_text("2")
+        raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [folder]
+    folder.rename(tmp_path / "report.old")  # what a process killed between the two renames leaves
+    (tmp_path / "report.partial").mkdir()
+    with pytest.raises(RuntimeError), replacing_folder(folder):
+        raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [folder]
 
 
 def test_replacing_leaves_the_old_file_when_the_writer_fails(tmp_path):
