@@ -66,8 +66,12 @@ def preflight(result: Filtered, config: Config) -> str:
     tiles, data = result.tiles, config.data
     groups = Counter(tile.group for tile in tiles if tile.group)
     counts = sorted({0, *groups.values()})[1:]
-    census = ", ".join(f"{grey} {data.classes[data.greys.index(grey)] if grey in data.greys else 'NOT A CLASS'} "
-                       f"{result.greys[grey] / result.greys.sum():.2%}" for grey in np.flatnonzero(result.greys))
+    shares = result.greys / result.greys.sum()
+    census = [f"{grey} {name} {shares[grey]:.2%}" for name, grey in zip(data.classes, data.greys, strict=True)]
+    strange = np.setdiff1d(np.flatnonzero(result.greys), data.greys)
+    if strange.size:
+        census.append(f"of no class {', '.join(map(str, strange[:8]))}{', …' * (strange.size > 8)} "
+                      f"{shares[strange].sum():.2%}")
     corrupt = sum(tile.proposed == "corrupt" for tile in tiles)
     many = len(groups) > 1
     return "\n".join([
@@ -75,7 +79,7 @@ def preflight(result: Filtered, config: Config) -> str:
         + (f"; {corrupt} of them corrupt" if corrupt else ""),
         f"groups: {len(groups)}, of {' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} tiles"
         + ("; none will be in both train and test" * many) if groups else "groups: none, since data.group is not set",
-        f"greys of the masks: {census}",
+        f"greys of the masks: {', '.join(census)}",
     ])
 
 

@@ -143,6 +143,8 @@ def test_corrupt_tiles_are_listed_and_stop_the_run_after_all_were_judged(tmp_pat
     assert out.returncode == 2 and "error: corrupt tiles, see above: 6 of 20" in out.stderr
     for key, reason in reasons.items():
         assert [line for line in out.stderr.splitlines() if f"#{key}.png" in line and reason in line], key
+    assert "pairs: 20, of 48 x 40 pixels (height x width); 4 of them corrupt" in out.stdout, "the masks tell so far"
+    assert ", of no class 99 0.00%" in out.stdout
     assert not (tmp_path / "tiles/tiles.csv").exists()
     out = script(*run, "--skip-corrupt", cwd=tmp_path)
     assert out.returncode == 0, out.stderr
