@@ -216,6 +216,10 @@ def test_a_link_inside_the_data_folder_and_a_linked_root_are_fine(tmp_path):
     assert len(filter_tiles(Config(data=Data(root=str(tmp_path / "tiles")))).tiles) == 3
 
 
+def heed_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells start background jobs, these tests perhaps, with it ignored
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("when", ["judging", "drawing"])
 def test_interrupted_the_old_list_stays_whole(tmp_path, how, when):
@@ -225,7 +229,7 @@ def test_interrupted_the_old_list_stays_whole(tmp_path, how, when):
     before = (tmp_path / "tiles/tiles.csv").read_bytes()
     process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "x.yaml", "--workers", "2"],
                                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True, preexec_fn=heed_interrupts)
     process.stdout.readline()  # preflight: the images come next
     while when == "drawing" and not (tmp_path / "tiles/filter.partial").exists():
         time.sleep(0.005)
