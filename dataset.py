@@ -316,7 +316,7 @@ def read_tiles(root: Path) -> list[Tile]:
         raise UserError(f"{path}: the cleaned list of tiles is missing; {hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
-        rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=text.partition("\n")[0].count))
+        rows = rows_of(text)
         missing = [name for name in NEEDED_COLUMNS if name not in (rows.fieldnames or ())]
         if missing:
             raise UserError(f"{path}: expected the columns {', '.join(f.name for f in fields(Tile))}; missing: "
@@ -336,6 +336,11 @@ def read_tiles(root: Path) -> list[Tile]:
     if both:
         raise UserError(f"{path}: group '{min(both)}' has tiles in train and in test; a group belongs to one of them")
     return tiles
+
+
+def rows_of(text: str) -> csv.DictReader:
+    """The rows of a list, whichever of comma, semicolon and tab a spreadsheet saved it with."""
+    return csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=text.partition("\n")[0].count))
 
 
 def _tile_of(row: dict, where: str) -> Tile:

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from console import UserError
-from dataset import SPLITS, Tile, read_tiles
+from dataset import SPLITS, Tile, read_tiles, rows_of
 
 SHOWN = 10  # of a long list on the terminal
 
@@ -71,8 +71,7 @@ def differences(before: Sequence[Tile], text: bytes, after: Sequence[Tile]) -> l
     hand = [(old, tile) for old, tile in pairs if old and old.hand]
     sides = [{tile.group: tile.split for tile in tiles if tile.group and tile.split in SPLITS}
              for tiles in (before, after)]
-    columns = [name.strip('"') for name in text.decode("utf-8-sig").splitlines()[0].replace(";", ",").replace(
-        "\t", ",").split(",")]
+    columns = rows_of(text.decode("utf-8-sig")).fieldnames
     lists = {
         "set by hand and kept": [f"{tile.key} ({tile.proposed} -> {tile.split})" for old, tile in hand
                                  if _kept(old, tile)],

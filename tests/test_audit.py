@@ -1,5 +1,7 @@
 """Measurements of a tile against Algorithm 1 as it is printed, and against masks that were moved by known distances."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,7 +52,7 @@ def test_blank_equals_the_algorithm_line_by_line(seed):
 
 
 def borderline(random, height, width, sigma):
-    """An image with a third of its pixels within 0.01 grey of the threshold, and one that is the threshold itself."""
+    """An image whose inverted greys wander about the threshold of 40, so that many smoothed ones come close to it."""
     smooth = gaussian_filter(random.normal(0, 1, (height, width)), sigma)
     pale = 215 + np.rint(0.6 * smooth / max(smooth.std(), 1e-9))
     return np.repeat(np.clip(pale, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
@@ -169,8 +171,6 @@ FULL = Tile("a", "a", "a", foreground=0.5, blank=0.0, unmarked=0.0, shift_x=30.0
     ({"blank": 0.5, "unmarked": 0.9}, {"max_unmarked": 0.1}, "misregistered"),
 ])
 def test_verdicts(changes, limits, expected):
-    from dataclasses import replace
-
     assert verdict(replace(FULL, **changes), Filter(**limits)) == expected
 
 

@@ -27,13 +27,19 @@ def test_the_plain_way_keeps_the_tiles_that_ours_keeps(tiles, tmp_path):
     assert {tile.split for tile in result.tiles} > {"sparse", "misregistered"}
 
 
-def test_a_race_gives_the_ratio_of_medians_and_its_range():
-    def spin(times):
-        return lambda: sum(range(200_000 * times))
+def test_a_race_takes_turns_and_gives_medians_and_the_range_of_the_ratios(monkeypatch):
+    clock, turns = [0.0], []
+    took = {"ours": iter([9, 1, 1, 2]), "baseline": iter([9, 4, 6, 8])}  # seconds; the first is the warm-up
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
-    row = race(spin(1), spin(8), items=10, rounds=3)
-    assert 2 < row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1] < 40
-    assert row["ours"] < row["baseline"]
+    def side(name):
+        turns.append(name)
+        clock[0] += next(took[name])
+
+    row = race(lambda: side("ours"), lambda: side("baseline"), items=10, rounds=3)
+    assert turns == ["ours", "baseline"] * 4
+    assert (row["ours"], row["baseline"]) == pytest.approx((100, 600)) and row["unit"] == "ms a tile"
+    assert (row["ratio"], *row["ratio_range"]) == pytest.approx((4, 4, 6))
 
 
 def test_rows_reach_the_terminal_and_the_file(tiles):

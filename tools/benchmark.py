@@ -160,7 +160,7 @@ def seconds_of_filter(config: Config, workers: int) -> float:
 
 
 def filter_workers(root: Path, quick: bool) -> dict:
-    """Not `alone`: each side is a process of its own, with one thread for each of its workers."""
+    """Each side is a process of its own, so that both pay for their start and no worker has a second thread."""
     count = 600 if quick else 4000
     with tempfile.TemporaryDirectory() as folder:
         config = multiply(root, Path(folder) / "tiles", count)
