@@ -181,15 +181,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def refuse_other(config: Config, checkpoint: Checkpoint, may_change: Sequence[str]) -> None:
-    """A checkpoint is continued with the settings it was made with, but for those that may change."""
+    """A checkpoint is used with the settings it was made with, but for those that may change."""
     ours, theirs = dict(leaves(config)), dict(leaves(checkpoint.config))
     for name in ours:
         if ours[name] != theirs[name] and name not in may_change:
             raise UserError(f"{checkpoint.path}: was trained with {name}={theirs[name]}, but the run's config.yaml "
                             f"says {ours[name]}; restore the one that changed, or start a new run with name=NAME")
-    if config.train.epochs < checkpoint.epoch:
-        raise UserError(f"train.epochs={config.train.epochs} is less than the {checkpoint.epoch} epochs that "
-                        f"{checkpoint.path} has done; a run can be made longer, not shorter")
 
 
 def load_weights(model: UNet, checkpoint: Checkpoint) -> None:
@@ -209,3 +206,16 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
         writer = csv.DictWriter(file, history[0].keys())
         writer.writeheader()
         writer.writerows(history)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.csv as numbers; none where there is no such file."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [row | {name: int(row[name]) for name in ("epoch", "survivor")} for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the metrics of a run ({error}); restore the file or remove it") from None

@@ -281,6 +281,9 @@ def resume(folder: Path, overrides: list[str]) -> None:
         config = apply_overrides(load_config(folder / "config.yaml"), overrides, allowed=RESUME_MAY_CHANGE)
         if checkpoint:
             runs.refuse_other(config, checkpoint, RESUME_MAY_CHANGE)
+            if config.train.epochs < checkpoint.epoch:
+                raise UserError(f"train.epochs={config.train.epochs} is less than the {checkpoint.epoch} epochs that "
+                                f"{path} has done; a run can be made longer, not shorter")
         data = prepare_data(config)
         learner = build_learner(config, data.statistics)
         if checkpoint:

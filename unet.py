@@ -4,6 +4,7 @@
     block   3x3 convolution, dropout, batch norm, LeakyReLU, twice
     skip    the encoder's features of a level, concatenated to the decoder's of the same level
     head    the 1x1 convolution to one logit a class
+    field   the input pixels that an output pixel depends on
 
 Shapes here and everywhere: B batch, K classes, C channels, H W pixels, N tiles.
 """
@@ -62,3 +63,18 @@ class UNet(nn.Module):
         for up, decode in zip(reversed(self.up), reversed(self.decoder), strict=True):
             x = decode(torch.cat([skips.pop(), up(x)], dim=1))                       # (B, widths[l], H/2^l, W/2^l)
         return self.head(x)                                                          # (B, K, H, W)
+
+
+def receptive_field(levels: int, position: int) -> tuple[int, int]:
+    """First and last input pixel that the output pixel at `position` depends on, along one axis, far from borders.
+
+    The way through the bottleneck, which sees what every skip sees: on the way back each block adds two pixels to
+    either side of the interval, `up` halves it and the pooling doubles it.
+    """
+    first = last = position
+    for _ in range(levels - 1):
+        first, last = (first - 2) // 2, (last + 2) // 2
+    first, last = first - 2, last + 2
+    for _ in range(levels - 1):
+        first, last = 2 * first - 2, 2 * last + 1 + 2
+    return first, last

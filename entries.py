@@ -1,0 +1,167 @@
+"""What is compared on a set of tiles: trained models, and label images that any other tool made.
+
+    entry   one competitor: answers every tile with a class for each pixel, a trained model with logits besides
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import runs
+from config import Config, apply_overrides, leaves, load_config
+from console import UserError, warn
+from dataset import SPLITS, TILE_LIST, Tile, normalise, open_store, picture_size, read_mask, read_tiles
+from hardware import choose_device
+from inference import Predictor
+
+MAY_CHANGE = ("device", "data.root")
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A competitor; everything that can be refused has been looked at."""
+
+    name: str
+    config: Config
+    folder: Path  # of the run, or of the label images
+    device: torch.device
+    tiles_sha256: str  # of the list of tiles it is asked about
+    predictor: Predictor | None = None
+    checkpoint: Path | None = None
+    epoch: int | None = None  # of the checkpoint
+    history: tuple[dict, ...] = ()  # the rows of metrics.csv
+    labels: dict[str, Path] | None = None  # label image of each tile's key
+
+    def answer(self, images: Tensor, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor | None]:
+        """Classes (B, H, W) int64 and, of a model, logits (B, K, H, W) for images (B, H, W, 3) uint8."""
+        if self.predictor:
+            logits = self.predictor.logits(images)
+            return logits.argmax(1), logits
+        masks = [read_mask(self.labels[tile.key], self.config.data.greys) for tile in tiles]
+        return torch.from_numpy(np.stack(masks)).to(images.device).long(), None
+
+    def facts(self) -> dict:
+        """How the model came about: what tables 1 and 2 of the report list; nothing of another tool's."""
+        if not self.predictor:
+            return {}
+        best = min(self.history, key=lambda row: row["val_loss"], default=None)
+        seconds = [row["seconds"] for row in self.history]
+        return {"loss": self.config.loss.name, "levels": len(self.config.model.widths),
+                "dropout": self.config.model.dropout, "epochs": len(self.history) or None,
+                "best_epoch": best and best["epoch"], "seconds_per_epoch": median(seconds) if seconds else None,
+                "tested_epoch": self.epoch}
+
+
+def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> Entry:
+    """The model of a run folder, or of a checkpoint file; `which` is best, last or the path of a checkpoint."""
+    if path.suffix == ".pt":
+        file, folder = path, path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    else:
+        file = path / "checkpoints" / f"{which}.pt" if which in ("best", "last") else Path(which)
+        folder = path
+    checkpoint = runs.load_checkpoint(file)
+    settings = folder / "config.yaml"  # knows where the data lies, should they have moved since the checkpoint
+    current = load_config(settings) if settings.exists() else checkpoint.config
+    same = re.compile(r"model\.|data\.(classes|greys)")
+    runs.refuse_other(current, checkpoint, [name for name, _ in leaves(current) if not same.match(name)])
+    config = apply_overrides(checkpoint.config, [f"data.root={current.data.root}", f"device={current.device}",
+                                                 *overrides], allowed=MAY_CHANGE)
+    device = choose_device(config.device)
+    model = runs.build_model(config)
+    runs.load_weights(model, checkpoint)
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    torch.backends.cudnn.allow_tf32 = False  # on by default, and 10 bits of mantissa are not float32
+    predictor = Predictor.of(model, lambda images: normalise(images, checkpoint.statistics), flips)
+    name = (folder.resolve() if folder == path else folder).name or config.name
+    return Entry(name if file.name == "best.pt" else f"{name} ({file.stem})", config, folder, device,
+                 checkpoint.tiles_sha256, predictor, file, checkpoint.epoch, tuple(runs.read_metrics(folder)))
+
+
+def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
+    """The label images of another tool: a folder, or a pattern such as other/{key}_labels.png.
+
+    In a folder the image of a tile bears the name of its mask, of its image, or of its key, as PNG, TIFF or BMP.
+    """
+    folder = Path(pattern.partition("{key}")[0] + "x").parent if "{key}" in pattern else Path(pattern)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of label images; give a folder, or a pattern with {{key}} in it")
+    by_stem: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if "{key}" not in pattern else ():
+        if path.suffix.lower() in LABEL_SUFFIXES:
+            by_stem.setdefault(path.stem, []).append(path)
+    labels, root = {}, Path(config.data.root)
+    for tile in tiles:
+        names = dict.fromkeys([Path(tile.mask).stem, Path(tile.image).stem, tile.key])
+        found = ([Path(pattern.replace("{key}", tile.key))] if "{key}" in pattern else
+                 [path for name in names for path in by_stem.get(name, ())])
+        if len(found) > 1:
+            raise UserError(f"{folder}: both {found[0].name} and {found[1].name} may be the labels of tile "
+                            f"'{tile.key}'; keep one, or give a pattern with {{key}} in it")
+        if not found or not found[0].is_file():
+            expected = found[0] if found else f"{folder / next(iter(names))}.png"
+            raise UserError(f"{expected}: no label image for tile '{tile.key}'; every tile that is scored needs one")
+        labels[tile.key] = found[0]
+        size, expected = picture_size(found[0]), picture_size(root / tile.mask)
+        if size != expected:
+            raise UserError(f"{found[0]}: {size[0]} x {size[1]} pixels (height x width), but the mask of tile "
+                            f"'{tile.key}' has {expected[0]} x {expected[1]}; they must agree")
+    name = Path(pattern).stem.replace("{key}", "").strip("-_#. ") or folder.resolve().name
+    return Entry(name, config, folder, choose_device(config.device), runs.tiles_sha256(config), labels=labels)
+
+
+# ---------------------------------------------------------------------------------------------- what they are asked
+
+@dataclass(frozen=True)
+class Questions:
+    """The tiles that every entry is asked about."""
+
+    config: Config  # whose `data` say where they lie and what their greys mean
+    split: str
+    tiles: list[Tile]
+    rows: list[int]  # of the tiles in the store
+    store: np.ndarray  # (n, H, W, 4) uint8: red, green, blue and class
+    tiles_sha256: str
+
+
+def listed(config: Config, split: str) -> tuple[list[Tile], list[int]]:
+    """The kept tiles of the data root, and the places of those of `split`: test, train or all."""
+    path = Path(config.data.root) / TILE_LIST
+    tiles = [tile for tile in read_tiles(path.parent) if tile.split in SPLITS]
+    rows = [i for i, tile in enumerate(tiles) if split in (tile.split, "all")]
+    if not rows:
+        wanted = "tile is kept" if split == "all" else f"tile has split = {split}"
+        raise UserError(f"{path}: no {wanted}; run data_filter.py again or mend the list")
+    return tiles, rows
+
+
+def ask(entries: Sequence[Entry], split: str) -> Questions:
+    """Check that the entries can be compared, and open the tiles."""
+    first = entries[0]
+    asked = runs.tiles_sha256(first.config)
+    for other in entries[1:]:
+        for name in ("classes", "greys"):
+            ours, theirs = (list(getattr(entry.config.data, name)) for entry in (first, other))
+            if ours != theirs:
+                raise UserError(f"{other.name} has data.{name} {theirs}, {first.name} has {ours}; only entries of the "
+                                "same classes can be compared: evaluate them one at a time")
+        if runs.tiles_sha256(other.config) != asked:
+            raise UserError(f"{other.name} would be tested on {other.config.data.root}/{TILE_LIST} and {first.name} on "
+                            f"{first.config.data.root}/{TILE_LIST}, which differ; only scores of the same tiles can "
+                            "be compared: evaluate them one at a time, or give one data.root=FOLDER for all")
+    for entry in entries:
+        if entry.tiles_sha256 != asked:
+            warn(f"{first.config.data.root}/{TILE_LIST} is not the list that {entry.folder} was trained with: some of "
+                 "its test tiles may have been training tiles")
+    if split != "test":
+        warn(f"--split {split}: models have been trained on such tiles; only test tiles measure what they do on new "
+             "ones")
+    tiles, rows = listed(first.config, split)
+    return Questions(first.config, split, [tiles[i] for i in rows], rows,
+                     open_store(Path(first.config.data.root), tiles, first.config.data.greys), asked)

@@ -1,0 +1,265 @@
+"""What an evaluation leaves on disk: one folder, replaced whole.
+
+    scores.json       every score of every entry with its 95 % interval, its difference to the first entry, confusion
+                      matrix and reliability
+    tiles.csv         every score of every tile, a row for each entry and tile
+    table.md .csv     tables 1 and 2 of the report
+    losses.png        figures 6 and 8: loss curves over each other
+    tiles.png         figures 9 to 11: image, truth and predictions of some tiles
+    reliability.png   how often the entries are right, by how sure they are
+    report.html       all of it in one page, with a gallery of the tiles
+    predictions/      label images of each model, in the data's own greys
+"""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import figures
+import metrics
+from console import UserError, markdown_table
+from dataset import read_mask
+from entries import Entry, Questions
+from files import write_text
+from metrics import Tally
+
+FEW_GROUPS = 10  # with fewer, intervals are known to be too narrow
+DIFFERING = 3  # tiles on which the entries differ most, in tiles.png
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the entries answered: everything that is written follows from it."""
+
+    questions: Questions
+    entries: list[Entry]
+    tallies: list[Tally]
+    labels: list[dict[str, Path]]  # of each entry, the label image of each tile's key
+    tolerance: float  # pixels, of the surface Dice
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.questions.config.data.classes
+
+    @property
+    def groups(self) -> int:
+        return len({tile.group for tile in self.questions.tiles} - {""})
+
+    def predicted(self, entry: int, tile: int) -> np.ndarray:
+        """Class indices (H, W) uint8."""
+        return read_mask(self.labels[entry][self.questions.tiles[tile].key], self.questions.config.data.greys)
+
+    def tile(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W, 3) and class indices (H, W), uint8."""
+        pixels = self.questions.store[self.questions.rows[i]]
+        return pixels[..., :3], pixels[..., 3]
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+def results(evaluation: Evaluation) -> dict:
+    """The contents of scores.json; a score that does not exist is null."""
+    asked, classes = evaluation.questions, evaluation.classes
+    weights = metrics.resampled_weights([tile.group for tile in asked.tiles])
+    scores = [metrics.scores(tally, weights) for tally in evaluation.tallies]
+    constant, dice = metrics.best_constant(evaluation.tallies[0].confusion.sum(0))
+    rows = []
+    for entry, tally, found in zip(evaluation.entries, evaluation.tallies, scores, strict=True):
+        has_class = ~np.isnan(metrics.dice(tally.confusion))                         # (N, K)
+        shared = [name for name in found if name in scores[0]]
+        rows.append({
+            "name": entry.name, "folder": str(entry.folder),
+            "checkpoint": entry.checkpoint and entry.checkpoint.name, **entry.facts(),
+            "scores": {name: _named(values, classes) for name, values in found.items()},
+            "difference_to_first": {} if entry is evaluation.entries[0] else
+            {name: _named(found[name] - scores[0][name], classes) for name in shared},
+            "tiles_behind_means": dict(zip(classes, has_class.sum(0).tolist(), strict=True)),
+            "confusion": tally.confusion.sum(0).tolist(),
+            "reliability": None if tally.calibration is None else
+            dict(zip(("pixels", "confidence", "right"), tally.calibration.sum(0).tolist(), strict=True)),
+        })
+    return {
+        "data_root": asked.config.data.root, "tiles_sha256": asked.tiles_sha256, "split": asked.split,
+        "tiles": len(asked.tiles), "groups": evaluation.groups, "classes": list(classes),
+        "surface_dice_tolerance_px": evaluation.tolerance,
+        "intervals": f"95 %, bootstrap of {metrics.RESAMPLES} samples of {'groups' if evaluation.groups else 'tiles'}"
+        if len(weights) > 1 else "none: a single group cannot be resampled",
+        "best_constant": {"class": classes[constant], "dice_mean": _number(dice)},
+        "entries": rows,
+    }
+
+
+def _named(values: np.ndarray, classes: Sequence[str]) -> dict:
+    """Value and interval of samples (R,), or of each class and their mean (R, K + 1)."""
+    if values.ndim == 2:
+        return {name: _named(values[:, k], classes) for k, name in enumerate([*classes, "mean"])}
+    low, high = metrics.interval(values) or (math.nan, math.nan)
+    return {"value": _number(values[0]), "low": _number(low), "high": _number(high)}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 6)
+
+
+def tile_scores(evaluation: Evaluation, entry: int) -> dict[str, np.ndarray]:
+    """Every score of every tile, (N,) each, by the columns of tiles.csv."""
+    columns = {}
+    for name, values in metrics.tile_scores(evaluation.tallies[entry]).items():
+        if values.ndim == 2:
+            columns[f"{name}_mean"] = metrics.mean_present(values)
+            columns |= {f"{name}_{label}": values[:, k] for k, label in enumerate(evaluation.classes)}
+        else:
+            columns[name] = values
+    return columns
+
+
+def write_tile_scores(path: Path, evaluation: Evaluation) -> None:
+    scores = [tile_scores(evaluation, entry) for entry in range(len(evaluation.entries))]
+    names = max(scores, key=len)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["entry", "key", "group", "split", *names])
+        for entry, columns in zip(evaluation.entries, scores, strict=True):
+            for i, tile in enumerate(evaluation.questions.tiles):
+                values = [columns[name][i] if name in columns else math.nan for name in names]
+                writer.writerow([entry.name, tile.key, tile.group, tile.split,
+                                 *("" if math.isnan(value) else f"{value:.6f}" for value in values)])
+
+
+# ---------------------------------------------------------------------------------------------- tables 1 and 2
+
+COLUMNS = {  # heading: where it stands in an entry of scores.json, format
+    "run": (("name",), "{}"),
+    "loss": (("loss",), "{}"),
+    "levels": (("levels",), "{}"),
+    "dropout": (("dropout",), "{:g}"),
+    "epochs": (("epochs",), "{}"),
+    "best epoch": (("best_epoch",), "{}"),
+    "s/epoch": (("seconds_per_epoch",), "{:.3g}"),
+    "soft Dice": (("scores", "soft_dice", "value"), "{:.4f}"),
+    "accuracy": (("scores", "pixel_accuracy", "value"), "{:.4f}"),
+    "Dice": (("scores", "dice", "mean", "value"), "{:.4f}"),
+    "Dice low": (("scores", "dice", "mean", "low"), "{:.4f}"),
+    "Dice high": (("scores", "dice", "mean", "high"), "{:.4f}"),
+    "HD95 px": (("scores", "tile_hd95", "mean", "value"), "{:.1f}"),
+    "Dice - first": (("difference_to_first", "dice", "mean", "value"), "{:+.4f}"),
+    "difference low": (("difference_to_first", "dice", "mean", "low"), "{:+.4f}"),
+    "difference high": (("difference_to_first", "dice", "mean", "high"), "{:+.4f}"),
+}
+
+
+def table_rows(contents: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of table.csv, a row for each entry; what does not exist is empty."""
+    rows = []
+    for entry in contents["entries"]:
+        values = []
+        for path, form in COLUMNS.values():
+            value = entry
+            for step in path:
+                value = (value or {}).get(step)
+            values.append("" if value is None else form.format(value))
+        rows.append(values)
+    return list(COLUMNS), rows
+
+
+def readable_rows(contents: dict) -> tuple[list[str], list[list[str]]]:
+    """The same for people: intervals in one cell, and no column without a value."""
+    header, rows = table_rows(contents)
+    pairs = {"Dice low": "95 % interval", "difference low": "95 % interval of it"}
+    drop = {"Dice high", "difference high"} | {name for i, name in enumerate(header) if not any(row[i] for row in rows)}
+    shown = []
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        for low in pairs:
+            high = cells[low.replace("low", "high")]
+            cells[low] = f"{cells[low]} to {high}" if high else ""
+        shown.append([cells[name] or "-" for name in header if name not in drop])
+    return [pairs.get(name, name) for name in header if name not in drop], shown
+
+
+def remarks(contents: dict) -> list[str]:
+    """What a reader of the numbers must know."""
+    lines = [f"{contents['tiles']} tiles" + (f" of {contents['groups']} groups" if contents["groups"] else "")
+             + f" (split: {contents['split']}) of {contents['data_root']}. Intervals: {contents['intervals']}."]
+    if not contents["groups"]:
+        lines.append("Slides or patients are not known (data.group), so the intervals take every tile for independent "
+                     "and are too narrow if tiles share a slide.")
+    elif contents["groups"] < FEW_GROUPS:
+        lines.append(f"With {contents['groups']} groups the intervals are rough, and too narrow rather than too wide.")
+    constant = contents["best_constant"]
+    lines.append(f"Dice, the hard Dice, is pooled over all pixels and averaged over classes; {constant['class']} "
+                 f"everywhere has {constant['dice_mean']:.4f}.")
+    if any(entry.get("loss") for entry in contents["entries"]):
+        lines.append("Soft Dice is the report's equation 9, in which a perfect prediction of a tile without one of "
+                     "three classes has 0.667.")
+    lines.append("HD95 is the mean over tiles and classes; a class that is missed or invented costs the tile's "
+                 "diagonal.")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def choose_tiles(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[tuple[int, str]]:
+    """(number, why) of tiles to draw: those named, else `count` from worst to best and where the entries differ most.
+    """
+    tiles = evaluation.questions.tiles
+    if keys:
+        places = {tile.key: i for i, tile in enumerate(tiles)}
+        return [(places[key], "") for key in keys]
+    dice = np.stack([tally.dice for tally in evaluation.tallies])                    # (entries, N)
+    order = np.argsort(dice.mean(0))
+    places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
+    names = {0: "worst", len(order) - 1: "best"}
+    chosen = [(int(order[place]), names.get(place, f"rank {place + 1} of {len(order)}")) for place in places]
+    spread = np.ptp(dice, axis=0)
+    differing = [int(i) for i in np.argsort(-spread) if spread[i] > 0 and i not in {j for j, _ in chosen}]
+    return chosen + [(i, "models differ") for i in differing[:DIFFERING]]
+
+
+def draw_tiles(evaluation: Evaluation, keys: Sequence[str], count: int) -> figures.Figure:
+    """Figures 9 to 11: image, truth, and each entry's prediction with its scores; of a single entry the errors too."""
+    rows = []
+    for i, why in choose_tiles(evaluation, keys, count):
+        image, target = evaluation.tile(i)
+        answers = []
+        for number, tally in enumerate(evaluation.tallies):
+            accuracy = metrics.pixel_accuracy(tally.confusion[i])
+            answers.append((f"Dice {tally.dice[i]:.3f}  accuracy {accuracy:.3f}", evaluation.predicted(number, i)))
+        rows.append((evaluation.questions.tiles[i].key, why, image, target, answers))
+    return figures.tiles(rows, [entry.name for entry in evaluation.entries], evaluation.classes)
+
+
+def refuse_unknown_keys(questions: Questions, keys: Sequence[str]) -> None:
+    known = {tile.key for tile in questions.tiles}
+    for key in keys:
+        if key not in known:
+            some = ", ".join(sorted(known)[:5])
+            raise UserError(f"--tiles {key}: no such tile in {questions.config.data.root} (split: {questions.split}; "
+                            f"{len(known)} keys, such as {some}); options go behind the runs")
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+def write(folder: Path, evaluation: Evaluation, keys: Sequence[str], count: int) -> dict:
+    """Write everything but the predictions into `folder`; returns the contents of scores.json."""
+    contents = results(evaluation)
+    write_text(folder / "scores.json", json.dumps(contents, indent=2, allow_nan=False) + "\n")
+    write_tile_scores(folder / "tiles.csv", evaluation)
+    header, rows = table_rows(contents)
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    write_text(folder / "table.md", "\n\n".join([markdown_table(*readable_rows(contents)), *remarks(contents)]) + "\n")
+    figures.save(draw_tiles(evaluation, keys, count), folder / "tiles.png")
+    histories = {entry.name: entry.history for entry in evaluation.entries if entry.history}
+    if histories:
+        figures.save(figures.compared_losses(histories), folder / "losses.png")
+    bins = {entry.name: tally.calibration.sum(0) for entry, tally in
+            zip(evaluation.entries, evaluation.tallies, strict=True) if tally.calibration is not None}
+    if bins:
+        figures.save(figures.reliability(bins), folder / "reliability.png")
+    return contents
