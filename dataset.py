@@ -16,7 +16,6 @@ import json
 import math
 import re
 import struct
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,24 +61,23 @@ def _entropy(seed: int, epoch: int, fold: int, purpose: str) -> list[int]:
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Whatever Pillow raises on a file, in one line that names it."""
+    pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is looked at, below and for each use
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; restore it, or run data_filter.py again") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path}: far more pixels than a tile may have ({MAX_PIXELS:,}); cut it into tiles") from None
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error) as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace it or remove the pair") from None
+        raise UserError(f"{path}: not a readable image ({error}); replace or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows_limit
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Decode a picture of at most `MAX_PIXELS` pixels and 8 bits a channel."""
+def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture of at most `max_pixels` pixels and 8 bits a channel."""
     with _explained(path), Image.open(path) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than a tile may have "
-                            f"({MAX_PIXELS:,}); cut it into tiles")
+        if picture.width * picture.height > max_pixels:
+            raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than fit here "
+                            f"({max_pixels:,}); cut it into tiles")
         if picture.tile and "16" in str(np.ravel(picture.tile[0][3])[0]):  # Pillow would cut RGB to 8 bits unasked
             raise UserError(f"{path}: 16 bits a channel; expected 8. Convert it to 8 bits")
         if getattr(picture, "n_frames", 1) > 1 or picture.getexif().get(ORIENTATION, 1) != 1:
@@ -95,9 +93,9 @@ def picture_size(path: Path) -> tuple[int, int]:
         return picture.height, picture.width
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """(H, W, 3) uint8. RGB and opaque RGBA are read exactly, every other mode is refused."""
-    picture = open_picture(path)
+    picture = open_picture(path, max_pixels)
     if picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (255, 255):
         picture = picture.convert("RGB")
     if picture.mode != "RGB":
@@ -353,6 +351,8 @@ def _tile_of(row: dict, where: str) -> Tile:
             raise UserError(f"{where}: {name} is '{value}'; expected one of {', '.join(SPLITS + DROPPED)}")
     if values["split"] == "corrupt" != values.get("proposed", "corrupt"):
         raise UserError(f"{where}: only the filter calls a tile corrupt; to drop it write 'excluded'")
+    if values["key"] in ("", ".", "..") or set(values["key"]) & set("/\\"):
+        raise UserError(f"{where}: the key '{values['key']}' names files; expected a name without slashes")
     for name in ("image", "mask"):
         if Path(values[name]).is_absolute() or ".." in Path(values[name]).parts:
             raise UserError(f"{where}: {name} '{values[name]}' leaves the data folder; give a path below it")

@@ -144,6 +144,7 @@ def listed(config: Config, split: str) -> tuple[list[Tile], list[int]]:
 def ask(entries: Sequence[Entry], split: str) -> Questions:
     """Check that the entries can be compared, and open the tiles."""
     first = entries[0]
+    tiles, rows = listed(first.config, split)
     asked = runs.tiles_sha256(first.config)
     for other in entries[1:]:
         for name in ("classes", "greys"):
@@ -162,6 +163,5 @@ def ask(entries: Sequence[Entry], split: str) -> Questions:
     if split != "test":
         warn(f"--split {split}: models have been trained on such tiles; only test tiles measure what they do on new "
              "ones")
-    tiles, rows = listed(first.config, split)
     return Questions(first.config, split, [tiles[i] for i in rows], rows,
                      open_store(Path(first.config.data.root), tiles, first.config.data.greys), asked)

@@ -4,11 +4,11 @@
     python evaluate.py runs/ce runs/wce runs/dice runs/dice_ce --flips
     python evaluate.py runs/dice_ce --predictions other_tool/labels
     python evaluate.py --predictions other_tool/labels --config configs/dice_ce.yaml
-    python evaluate.py runs/dice_ce --images slides/
+    python evaluate.py runs/dice_ce --images FOLDER
 
-Whole tiles in float32, mirrored up to the size that the network takes and cropped back. The first four write tables,
-pictures, a page to look at and every tile's scores (evaluation_report.py lists them) to RUN/evaluation, or for several
-runs to runs/comparison. The last one needs no masks: it writes label images, overlays and the areas of the classes to
+Tiles are computed whole, in float32, mirrored up to the size that the network takes and cropped back. Scores, tables,
+pictures and a page to look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to
+runs/comparison. --images needs no masks: label images, overlays and the areas of the classes (prediction.py) go to
 RUN/predictions.
 """
 
@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+import evaluation_page
 import evaluation_report
 import metrics
+import prediction
 from config import load_config
-from console import Progress, UserError, run, table
+from console import Progress, UserError, run
 from entries import MAY_CHANGE, Entry, Questions, ask, given, listed, trained
 from evaluation_report import Evaluation
 from files import replacing_folder
@@ -45,7 +47,8 @@ def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) ->
     confusions, surfaces, soft, calibration, kept = [], [], [], [], []
     if entry.predictor:
         folder.mkdir(parents=True)
-    with Progress(f"evaluate {entry.name}", len(questions.rows), "tile") as progress, ThreadPoolExecutor(cores()) as pool:
+    with (Progress(f"evaluate {entry.name}", len(questions.rows), "tile") as progress,
+          ThreadPoolExecutor(cores()) as pool):
         for start in range(0, len(questions.rows), batch_size):
             tiles = questions.tiles[start:start + batch_size]
             batch = torch.from_numpy(store[questions.rows[start:start + batch_size]]).to(entry.device)
@@ -65,3 +68,119 @@ def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) ->
     paths = entry.labels or dict(zip((tile.key for tile in questions.tiles), kept, strict=True))
     return metrics.Tally(np.array(confusions), np.array(surfaces), np.array(soft) if soft else None,
                          np.array(calibration) if calibration else None), paths
+
+
+def save_labels(path: Path, greys: np.ndarray) -> Path:
+    Image.fromarray(greys).save(path)
+    return path
+
+
+def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, tolerance: float = TOLERANCE,
+             keys: Sequence[str] = (), pictures: int = 5) -> dict:
+    """Score every entry, replace the folder `out`, return the contents of scores.json."""
+    evaluation_report.refuse_unknown_keys(questions, keys)
+    with replacing_folder(out) as partial:
+        scored = [score(entry, questions, tolerance, partial / "predictions" / entry.name.replace("/", "_"))
+                  for entry in entries]
+        evaluation = Evaluation(questions, list(entries), [tally for tally, _ in scored],
+                                [paths for _, paths in scored], tolerance)
+        contents = evaluation_report.write(partial, evaluation, keys, pictures)
+        evaluation_page.write(partial, evaluation, contents)
+    return contents
+
+
+def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
+    """--out, or a folder named after what is evaluated, so that no evaluation replaces one of another kind."""
+    if args.out:
+        return args.out
+    others = dict.fromkeys(entry.checkpoint.stem for entry in entries if entry.checkpoint)
+    kind = "-".join(name for name in (*others, args.split, "flips" * args.flips) if name not in ("best", "test", ""))
+    first = entries[0].folder
+    if len(entries) > 1:
+        folder = first.parent / "comparison"
+    elif entries[0].predictor:
+        folder = first / ("predictions" if args.images else "evaluation")
+    else:
+        folder = first.parent / f"{first.resolve().name}-evaluation"
+    return folder.with_name(f"{folder.name}-{kind}") if kind else folder
+
+
+def refuse_foreign(out: Path, entries: Sequence[Entry]) -> None:
+    """Only an earlier evaluation is ever replaced, and nothing that is being read."""
+    ours = any((out / name).is_file() for name in ("scores.json", "areas.csv"))
+    if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is no evaluation, so it is not replaced; choose another folder with --out")
+    for entry in entries:
+        if entry.labels and entry.folder.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{entry.folder} lies in {out}, which this would replace; choose another folder with --out")
+
+
+def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
+    """Every run and folder of predictions, read and checked."""
+    if args.config and (folders or not args.predictions):
+        raise UserError("--config goes with --predictions and without runs: a run knows its config")
+    if args.predictions and not folders and not args.config:
+        raise UserError("--predictions without a run needs --config: it says where the tiles lie and what greys mean")
+    if not folders and not args.predictions:
+        raise UserError("no run given: name at least one run folder, e.g. runs/dice_ce")
+    if args.images and (len(folders) != 1 or args.predictions):
+        raise UserError("--images takes one run: python evaluate.py RUN --images FOLDER")
+    if len(folders) > 1 and args.checkpoint not in ("best", "last"):
+        raise UserError("--checkpoint PATH goes with one run; for several name the files in the place of the runs")
+    entries = [trained(Path(folder), args.checkpoint, overrides, args.flips) for folder in folders]
+    if args.predictions:
+        config = entries[0].config if entries else load_config(args.config, overrides)
+        tiles, rows = listed(config, args.split)
+        entries += [given(pattern, config, [tiles[i] for i in rows]) for pattern in args.predictions]
+    counts = Counter(entry.name for entry in entries)
+    entries = [replace(entry, name=f"{entry.folder.parent}/{entry.name}") if counts[entry.name] > 1 else entry
+               for entry in entries]
+    name, count = Counter(entry.name for entry in entries).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{name} is named {count} times; name every run and every folder of predictions once")
+    return entries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders or checkpoint files, e.g. runs/dice_ce, "
+                        f"and overrides (with a run only of {' and '.join(MAY_CHANGE)})")
+    parser.add_argument("--checkpoint", default="best", metavar="best|last|PATH", help="(default: %(default)s)")
+    parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="(default: %(default)s)")
+    parser.add_argument("--flips", action="store_true", help="average over the 8 flips and turns (8 times the time)")
+    parser.add_argument("--predictions", action="append", default=[], metavar="FOLDER",
+                        help="score label images of another tool, or a pattern with {key} in it; may be given again")
+    parser.add_argument("--config", metavar="YAML", help="where the tiles lie, for --predictions without a run")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="predict images that have no masks")
+    parser.add_argument("--tiles", nargs="+", default=[], metavar="KEY", help="the tiles of tiles.png")
+    parser.add_argument("--pictures", type=int, default=5, metavar="N", help="without --tiles: so many, from the worst "
+                        "to the best (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="PX", help="of the surface Dice "
+                        "(default: %(default)g)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN/evaluation, RUN/predictions, or for "
+                        "several runs comparison beside the first)")
+    parser.add_argument("--device", help="auto, cuda, cuda:N, mps or cpu (default: the run's)")
+    args = parser.parse_intermixed_args()
+    folders = [argument for argument in args.runs if "=" not in argument or Path(argument).exists()]
+    overrides = [argument for argument in args.runs if argument not in folders]
+    if args.device:
+        overrides.append(f"device={args.device}")
+    if args.pictures < 1 or not args.tolerance >= 0:
+        raise UserError("--pictures must be at least 1 and --tolerance a number of pixels from 0; they are "
+                        f"{args.pictures} and {args.tolerance:g}")
+    entries = plan(args, folders, overrides)
+    out = destination(entries, args)
+    refuse_foreign(out, entries)
+    if args.images:
+        images = prediction.find_images(args.images)
+        rows = prediction.predict_folder(entries[0], images, out)
+        print(prediction.summary(rows, entries[0].config.data.classes))
+        print(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+        return
+    contents = evaluate(entries, ask(entries, args.split), out, args.tolerance, args.tiles, args.pictures)
+    print(evaluation_report.summary(contents))
+    print(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -22,7 +22,7 @@ import numpy as np
 
 import figures
 import metrics
-from console import UserError, markdown_table
+from console import UserError, markdown_table, table
 from dataset import read_mask
 from entries import Entry, Questions
 from files import write_text
@@ -184,13 +184,15 @@ def readable_rows(contents: dict) -> tuple[list[str], list[list[str]]]:
 
 def remarks(contents: dict) -> list[str]:
     """What a reader of the numbers must know."""
-    lines = [f"{contents['tiles']} tiles" + (f" of {contents['groups']} groups" if contents["groups"] else "")
-             + f" (split: {contents['split']}) of {contents['data_root']}. Intervals: {contents['intervals']}."]
-    if not contents["groups"]:
+    groups = contents["groups"]
+    of = f" of {groups} group{'s' * (groups > 1)}" if groups else ""
+    lines = [f"{contents['tiles']} tiles{of} (split: {contents['split']}) of {contents['data_root']}. Intervals: "
+             f"{contents['intervals']}."]
+    if not groups:
         lines.append("Slides or patients are not known (data.group), so the intervals take every tile for independent "
                      "and are too narrow if tiles share a slide.")
-    elif contents["groups"] < FEW_GROUPS:
-        lines.append(f"With {contents['groups']} groups the intervals are rough, and too narrow rather than too wide.")
+    elif 1 < groups < FEW_GROUPS:
+        lines.append(f"With {groups} groups the intervals are rough, and too narrow rather than too wide.")
     constant = contents["best_constant"]
     lines.append(f"Dice, the hard Dice, is pooled over all pixels and averaged over classes; {constant['class']} "
                  f"everywhere has {constant['dice_mean']:.4f}.")
@@ -200,6 +202,35 @@ def remarks(contents: dict) -> list[str]:
     lines.append("HD95 is the mean over tiles and classes; a class that is missed or invented costs the tile's "
                  "diagonal.")
     return lines
+
+
+def summary(contents: dict) -> str:
+    """The main scores, and those of the best constant prediction, as a table; then what one must know of them."""
+    classes = contents["classes"]
+    header = ["run", "soft Dice", "accuracy", "Dice", "95 % interval", *classes, "HD95 px"]
+    several = len(contents["entries"]) > 1
+    rows = []
+    for entry in contents["entries"]:
+        scores = entry["scores"]
+        dice = scores["dice"]
+        rows.append([entry["name"], _shown(scores.get("soft_dice")), _shown(scores["pixel_accuracy"]),
+                     _shown(dice["mean"]), _span(dice["mean"]), *(_shown(dice[name]) for name in classes),
+                     _shown(scores["tile_hd95"]["mean"], ".1f")])
+        if several:
+            change = entry["difference_to_first"].get("dice", {}).get("mean")
+            rows[-1] += [_shown(change, "+.3f"), _span(change, "+.3f")]
+    constant = contents["best_constant"]
+    rows.append([f"all {constant['class']}", "-", "-", f"{constant['dice_mean']:.3f}"])
+    header += ["Dice - first", "95 % interval"] * several
+    return "\n".join([table(header, [row + [""] * (len(header) - len(row)) for row in rows]), *remarks(contents)])
+
+
+def _shown(score: dict | None, form: str = ".3f") -> str:
+    return "-" if score is None or score["value"] is None else f"{score['value']:{form}}"
+
+
+def _span(score: dict | None, form: str = ".3f") -> str:
+    return "-" if score is None or score["low"] is None else f"{score['low']:{form}} to {score['high']:{form}}"
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -24,12 +24,30 @@ PALETTE = ("#f2f2f2", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#0072b2", "#c
 ERROR = "#c2007a"
 ON_GLASS, UNMARKED = ERROR, "#f0e442"
 FOLD, TRAIN, VALIDATION = "#999999", "#0072b2", "#d55e00"
+ENTRIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # of a comparison
+
+
+def rgb(colour: str) -> np.ndarray:
+    """(3,) uint8."""
+    return np.round(np.array(to_rgb(colour)) * 255).astype(np.uint8)
 
 
 def class_colours(classes: int) -> np.ndarray:
     """(K, 3) uint8; beyond eight classes the colours repeat, without the background's."""
     names = [PALETTE[k] if k < len(PALETTE) else PALETTE[1 + (k - 1) % (len(PALETTE) - 1)] for k in range(classes)]
-    return np.array([np.round(np.array(to_rgb(name)) * 255) for name in names], np.uint8)
+    return np.array([rgb(name) for name in names])
+
+
+def class_patches(classes: Sequence[str]) -> list[Patch]:
+    """Handles of a legend."""
+    return [Patch(facecolor=colour, edgecolor="grey", label=name)
+            for name, colour in zip(classes, class_colours(len(classes)) / 255, strict=True)]
+
+
+def legend(classes: Sequence[str]) -> Figure:
+    figure = Figure(figsize=(1 + 1.4 * len(classes), 0.5), dpi=120)
+    figure.legend(handles=class_patches(classes), loc="center", ncols=len(classes), frameon=False)
+    return figure
 
 
 def colour_mask(mask: np.ndarray, classes: int) -> np.ndarray:
@@ -46,6 +64,15 @@ def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> 
     pale = torch.from_numpy(np.stack([grey] * 3))                                    # (3, H, W)
     wrong = torch.from_numpy(target != prediction)                                   # (H, W)
     return draw_segmentation_masks(pale, wrong, alpha=1.0, colors=ERROR).movedim(0, -1).numpy()
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The image (H, W, 3) with the colours of all classes (H, W) but the first over it, uint8."""
+    mixed = image.copy()
+    for k, colour in list(enumerate(class_colours(classes)))[1:]:
+        there = labels == k
+        mixed[there] = (image[there] * np.uint16(6) + colour * np.uint16(4)) // 10
+    return mixed
 
 
 def annotated(image: np.ndarray, mask: np.ndarray, glass: np.ndarray, classes: int, width: int = 250) -> np.ndarray:
@@ -136,23 +163,69 @@ def losses(history: Sequence[dict], folds: int, title: str) -> Figure:
     return figure
 
 
-def predictions(rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Figure:
-    """image | truth | prediction | errors for each (caption, image (H, W, 3), target (H, W), prediction (H, W))."""
-    titles = ("image", "truth", "prediction", "errors")
-    figure = Figure(figsize=(4 * 2.6, len(rows) * 2.6 + 0.7), dpi=130, layout="constrained")
-    grid = figure.subplots(len(rows), 4, squeeze=False)
-    for number, (axes, (caption, image, target, prediction)) in enumerate(zip(grid, rows, strict=True)):
-        panels = (image, colour_mask(target, len(classes)), colour_mask(prediction, len(classes)),
-                  error_map(image, target, prediction))
-        for axis, title, panel in zip(axes, titles, panels, strict=True):
-            axis.imshow(panel, interpolation="nearest" if title in titles[1:3] else "antialiased")
+def tiles(rows: Sequence[tuple], names: Sequence[str], classes: Sequence[str]) -> Figure:
+    """Figures 9 to 11: image, truth and the prediction of each of `names`, and of a single one the errors.
+
+    A row is (key, why it is shown, image (H, W, 3), target (H, W), [(caption, prediction (H, W)) of each name]).
+    """
+    titles = ["image", "truth", *([*names, "errors"] if len(names) == 1 else names)]
+    figure = Figure(figsize=(2.6 * len(titles), 2.75 * len(rows) + 0.7), dpi=120, layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for number, (axes, (key, why, image, target, answers)) in enumerate(zip(grid, rows, strict=True)):
+        panels = [("", image), ("", colour_mask(target, len(classes))),
+                  *((caption, colour_mask(answer, len(classes))) for caption, answer in answers)]
+        if len(names) == 1:
+            panels.append(("", error_map(image, target, answers[0][1])))
+        for axis, title, (caption, panel) in zip(axes, titles, panels, strict=True):
+            axis.imshow(panel, interpolation="antialiased" if title in ("image", "errors") else "nearest")
             axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(caption, fontsize=8)
             if number == 0:
                 axis.set_title(title, fontsize=11)
-        axes[0].set_ylabel(caption, fontsize=8)
-    colours = class_colours(len(classes)) / 255
-    handles = [Patch(facecolor=colour, edgecolor="grey", label=name)
-               for name, colour in zip(classes, colours, strict=True)]
-    handles.append(Patch(facecolor=ERROR, edgecolor="grey", label="wrong class"))
+        axes[0].set_ylabel(f"{key}\n{why}" if why else key, fontsize=8)
+    handles = class_patches(classes)
+    if len(names) == 1:
+        handles.append(Patch(facecolor=ERROR, edgecolor="grey", label="wrong class"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    return figure
+
+
+def compared_losses(histories: dict[str, Sequence[dict]]) -> Figure:
+    """Figures 6 and 8 over each other: moving averages of the training and validation loss of each run, thin the raw.
+
+    Losses of different kinds have different scales: their heights cannot be compared, their courses can.
+    """
+    figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
+    titles = {"train": "training: EMA (thin: raw)", "val": "survivor's validation: EMA (thin: raw, star: best.pt)"}
+    for axis, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for number, (name, history) in enumerate(histories.items()):
+            epochs, colour = [row["epoch"] for row in history], ENTRIES[number % len(ENTRIES)]
+            axis.plot(epochs, [row[f"{kind}_loss"] for row in history], color=colour, alpha=0.3, linewidth=1)
+            axis.plot(epochs, [row[f"{kind}_ema"] for row in history], color=colour, linewidth=2, label=name)
+            if kind == "val":
+                best = min(history, key=lambda row: row["val_loss"])
+                axis.plot(best["epoch"], best["val_loss"], "*", color=colour, markeredgecolor="black", markersize=10)
+        axis.set(xlabel="epoch", ylabel="loss", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def reliability(bins: dict[str, np.ndarray]) -> Figure:
+    """For each name's counts (3, BINS) of metrics.calibration: accuracy by confidence, and how often each occurs."""
+    figure = Figure(figsize=(5.5, 6), dpi=110, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
+    for number, (name, (pixels, confidence, right)) in enumerate(bins.items()):
+        colour, some = ENTRIES[number % len(ENTRIES)], pixels > 0
+        error = np.abs(right - confidence).sum() / pixels.sum()
+        above.plot(confidence[some] / pixels[some], right[some] / pixels[some], "o-", color=colour, markersize=4,
+                   label=f"{name}: error {error:.3f}")
+        below.stairs(pixels / pixels.sum(), np.linspace(0, 1, len(pixels) + 1), color=colour, linewidth=1.5)
+    above.set(ylabel="share of pixels that are right", ylim=(0, 1), xlim=(0, 1), title="Reliability")
+    below.set(xlabel="confidence (softmax of the predicted class)", ylabel="share of pixels")
+    above.legend(fontsize=8, loc="upper left")
+    for axis in (above, below):
+        axis.grid(alpha=0.25)
     return figure

@@ -25,7 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place if the block ends well, and vanishes if it does not."""
-    partial, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    refusal = f"{folder} is being written by another process; wait for it or stop it first"
 
     def clear() -> None:
         if old.exists() and not folder.exists():  # stopped between the two renames
@@ -33,10 +34,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
+    if partial.exists():
+        with held(partial, refusal):
+            pass
     clear()
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with held(partial, refusal):
+            yield partial
+        (partial / ".lock").unlink()
         if folder.exists():
             folder.replace(old)
         partial.replace(folder)

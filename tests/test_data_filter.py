@@ -231,14 +231,14 @@ def test_interrupted_the_old_list_stays_whole(tmp_path, how, when):
                                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, preexec_fn=heed_interrupts)
     process.stdout.readline()  # preflight: the images come next
-    while when == "drawing" and not (tmp_path / "tiles/filter.partial").exists():
+    while when == "drawing" and not (tmp_path / "tiles/.filter.partial").exists():
         time.sleep(0.005)
     os.killpg(process.pid, how)
     _, message = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -9) and "Traceback" not in message
     assert (tmp_path / "tiles/tiles.csv").read_bytes() == before
     assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
-    assert not list((tmp_path / "tiles").glob("*.partial")) and not list((tmp_path / "tiles").glob(".*.tmp"))
+    assert not list((tmp_path / "tiles").glob(".*.partial")) and not list((tmp_path / "tiles").glob(".*.tmp"))
 
 
 def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path):
@@ -248,7 +248,7 @@ def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path):
     assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
     process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "x.yaml"], cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "tiles/filter.partial").exists():
+    while not (tmp_path / "tiles/.filter.partial").exists():
         time.sleep(0.005)
     edit(path, **{"3": "excluded"})
     edited = path.read_bytes()

@@ -441,8 +441,8 @@ def test_a_folder_is_replaced_whole_or_left_whole(tmp_path):
         (partial / "b").write_text("2")
         raise RuntimeError
     assert [path.name for path in folder.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [folder]
-    folder.rename(tmp_path / "report.old")  # what a process killed between the two renames leaves
-    (tmp_path / "report.partial").mkdir()
+    folder.rename(tmp_path / ".report.old")  # what a process killed between the two renames leaves
+    (tmp_path / ".report.partial").mkdir()
     with pytest.raises(RuntimeError), replacing_folder(folder):
         raise RuntimeError
     assert [path.name for path in folder.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [folder]

@@ -1,7 +1,9 @@
-"""inference.py, figures.py and evaluate.py."""
+"""evaluate.py, entries.py, evaluation_report.py, prediction.py and figures.py."""
 
 import csv
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,37 +15,12 @@ from sklearn.metrics import f1_score
 import evaluate
 import figures
 import metrics
+import prediction
 import runs
 import train
 from config import apply_overrides
 from console import UserError
-from dataset import Tile, normalise
-from inference import mirrored_indices, mirrored_logits
-from unet import UNet
-
-
-@pytest.mark.parametrize("size", [1, 3, 5, 16, 17, 31, 224, 500])
-@pytest.mark.parametrize("multiple", [1, 2, 8, 16, 32])
-def test_mirroring_equals_numpys_symmetric_padding(size, multiple):
-    line, margin = np.arange(size), -size % multiple
-    expected = np.pad(line, (margin // 2, margin - margin // 2), mode="symmetric")
-    assert (line[mirrored_indices(size, multiple).numpy()] == expected).all()
-
-
-def test_500_becomes_512_with_6_pixels_on_either_side():
-    indices = mirrored_indices(500, 16)
-    assert len(indices) == 512 and indices[:7].tolist() == [5, 4, 3, 2, 1, 0, 0] and indices[6] == 0
-
-
-@pytest.mark.parametrize("size", [(50, 38), (32, 48), (5, 3)])
-def test_logits_of_any_size_are_those_of_the_padded_image_cropped_back(size):
-    torch.manual_seed(0)
-    model, images = UNet((4, 8, 16)).eval(), torch.randn(2, 3, *size)
-    margins = [-n % 4 for n in size]
-    pads = [(m // 2, m - m // 2) for m in margins]
-    padded = torch.from_numpy(np.pad(images.numpy(), [(0, 0), (0, 0), *pads], mode="symmetric"))
-    expected = model(padded)[:, :, pads[0][0]:pads[0][0] + size[0], pads[1][0]:pads[1][0] + size[1]]
-    assert torch.equal(mirrored_logits(model, images), expected)
+from dataset import normalise
 
 
 def test_class_colours_do_not_depend_on_which_classes_a_mask_has():
@@ -54,11 +31,21 @@ def test_class_colours_do_not_depend_on_which_classes_a_mask_has():
 
 def test_the_error_map_marks_wrong_pixels_and_no_others():
     image = np.random.default_rng(0).integers(0, 256, (8, 9, 3)).astype(np.uint8)
-    target, prediction = np.zeros((8, 9), np.uint8), np.zeros((8, 9), np.uint8)
-    prediction[2:4, 5] = 1
-    errors = figures.error_map(image, target, prediction)
+    target, predicted = np.zeros((8, 9), np.uint8), np.zeros((8, 9), np.uint8)
+    predicted[2:4, 5] = 1
+    errors = figures.error_map(image, target, predicted)
     coloured = errors.max(-1) != errors.min(-1)
-    assert (coloured == (target != prediction)).all()
+    assert (coloured == (target != predicted)).all()
+
+
+def test_the_overlay_leaves_the_background_alone():
+    image = np.random.default_rng(0).integers(0, 256, (8, 9, 3)).astype(np.uint8)
+    labels = np.zeros((8, 9), np.uint8)
+    labels[3, 3] = 2
+    mixed = figures.overlay(image, labels, 3)
+    assert ((mixed != image).any(-1) == (labels > 0)).all()
+    expected = 0.6 * image[3, 3] + 0.4 * figures.class_colours(3)[2]
+    assert np.abs(mixed[3, 3] - expected).max() <= 1
 
 
 @pytest.fixture
@@ -68,20 +55,56 @@ def trained(tmp_path, tiny, monkeypatch):
     return tmp_path / "runs/tiny"
 
 
-def run_evaluation(folder, which="best", pictures=1, overrides=()):
-    return evaluate.evaluate(evaluate.plan(folder, which, list(overrides)), which, pictures)
+@pytest.fixture
+def command(monkeypatch):
+    """evaluate.py in this process; returns what it says on stdout."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        evaluate.main()
+    return call
 
 
-def test_scores_equal_a_plain_computation_from_files(trained, tmp_path):
+def scores_of(folder):
+    return json.loads((folder / "scores.json").read_text())
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def another(trained, name, change):
+    """A second run: a copy whose weights `change` has been at."""
+    folder = shutil.copytree(trained, trained.parent / name)
+    for path in (folder / "checkpoints").iterdir():
+        contents = torch.load(path, weights_only=True)
+        change(contents["model"])
+        torch.save(contents, path)
+    return folder
+
+
+def always(k):
+    def change(weights):
+        weights["head.weight"][:] = 0
+        weights["head.bias"][:] = torch.eye(3)[k] * 50
+    return change
+
+
+OUTPUTS = {"scores.json", "tiles.csv", "table.md", "table.csv", "losses.png", "tiles.png", "reliability.png",
+           "report.html", "predictions"}
+
+
+def test_scores_equal_a_plain_computation_from_files(trained, tmp_path, command):
     """Everything over again with Pillow, NumPy and scikit-learn, from the PNG files and the checkpoint."""
-    scores = run_evaluation(trained, "best", 2, [])
-    assert scores == json.loads((trained / "evaluation/scores.json").read_text())
+    command(trained)
+    scores = scores_of(trained / "evaluation")
+    found = scores["entries"][0]["scores"]
     checkpoint = runs.load_checkpoint(trained / "checkpoints/best.pt")
     model = runs.build_model(checkpoint.config)
     runs.load_weights(model, checkpoint)
     model.eval()
-    with (tmp_path / "tiles/tiles.csv").open() as file:
-        test = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    test = [row for row in rows_of(tmp_path / "tiles/tiles.csv") if row["split"] == "test"]
+    tiles = {row["key"]: row for row in rows_of(trained / "evaluation/tiles.csv")}
     truths, guesses, soft = [], [], []
     for row in test:
         image = np.asarray(Image.open(tmp_path / "tiles" / row["image"]), np.float64) / 255
@@ -89,92 +112,351 @@ def test_scores_equal_a_plain_computation_from_files(trained, tmp_path):
         x = (image - checkpoint.statistics.mean) / checkpoint.statistics.std
         with torch.no_grad():
             logits = model(torch.tensor(x, dtype=torch.float32).movedim(-1, 0)[None])[0].double().numpy()
-        p = np.exp(logits) / np.exp(logits).sum(0)
+        p, guess = np.exp(logits) / np.exp(logits).sum(0), logits.argmax(0)
         soft.append(np.mean([2 * p[k][target == k].sum() / ((target == k).sum() + p[k].sum()) for k in range(3)]))
         truths.append(target.ravel())
-        guesses.append(logits.argmax(0).ravel())
+        guesses.append(guess.ravel())
+        assert float(tiles[row["key"]]["soft_dice"]) == pytest.approx(soft[-1], abs=1e-5)
+        assert float(tiles[row["key"]]["pixel_accuracy"]) == pytest.approx(np.mean(guess == target), abs=1e-3)
+        written = np.asarray(Image.open(trained / f"evaluation/predictions/tiny/{row['key']}.png"))
+        assert np.mean(written == GREYS[guess]) > 0.999
     truth, guess = np.concatenate(truths), np.concatenate(guesses)
-    assert scores["tiles"] == len(test) and scores["soft_dice"] == pytest.approx(np.mean(soft), abs=1e-5)
-    assert scores["pixel_accuracy"] == pytest.approx(np.mean(truth == guess), abs=1e-4)
+    assert scores["tiles"] == len(test) == len(tiles)
+    assert found["soft_dice"]["value"] == pytest.approx(np.mean(soft), abs=1e-5)
+    assert found["pixel_accuracy"]["value"] == pytest.approx(np.mean(truth == guess), abs=1e-4)
     expected = f1_score(truth, guess, labels=[0, 1, 2], average=None)
-    assert list(scores["dice"].values())[:3] == pytest.approx(expected, abs=1e-3)
-    assert list(scores["dice"]) == list(scores["iou"]) == ["background", "tissue", "tumour", "mean"]
+    values = [found["dice"][name]["value"] for name in ("background", "tissue", "tumour", "mean")]
+    assert values == pytest.approx([*expected, expected.mean()], abs=1e-3)
 
 
-def test_the_named_checkpoint_is_the_one_that_is_scored(trained):
+def test_every_output_is_there_and_nothing_of_the_one_before(trained, command):
+    (trained / "evaluation").mkdir()
+    for name in ("scores.json", "old.txt"):
+        (trained / "evaluation" / name).touch()
+    command(trained, "--pictures", 3)
+    assert {path.name for path in (trained / "evaluation").iterdir()} == OUTPUTS
+    assert not list(trained.glob(".evaluation*"))
+
+
+def test_an_evaluation_that_fails_leaves_the_one_before(trained, command, monkeypatch):
+    command(trained)
+    before = (trained / "evaluation/scores.json").stat().st_mtime_ns
+    monkeypatch.setattr(evaluate.evaluation_report, "draw_tiles", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command(trained)
+    assert (trained / "evaluation/scores.json").stat().st_mtime_ns == before and not list(trained.glob(".evaluation*"))
+
+
+def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_it_should(trained, command, tmp_path):
+    same, tumour = another(trained, "same", lambda _: None), another(trained, "tumour", always(2))
+    command(trained, same, tumour, "--split", "all")
+    out = tmp_path / "runs/comparison-all"
+    assert {path.name for path in out.iterdir()} == OUTPUTS
+    ours, twin, other = scores_of(out)["entries"]
+    assert (ours["name"], twin["name"], other["name"]) == ("tiny", "same", "tumour")
+    assert ours["difference_to_first"] == {}
+    for difference in twin["difference_to_first"]["dice"].values():
+        assert difference == {"value": 0, "low": 0, "high": 0}
+    for kind in ("background", "tumour", "mean"):
+        difference = other["difference_to_first"]["dice"][kind]
+        assert difference["value"] == pytest.approx(other["scores"]["dice"][kind]["value"]
+                                                    - ours["scores"]["dice"][kind]["value"], abs=2e-6)
+        assert difference["low"] <= difference["value"] <= difference["high"]
+    assert other["scores"]["dice"]["background"]["value"] == 0 and other["scores"]["recall"]["tumour"]["value"] == 1
+    assert np.sum(other["confusion"], axis=0)[:2].tolist() == [0, 0]
+    assert len(rows_of(out / "tiles.csv")) == 3 * scores_of(out)["tiles"]
+    assert {path.name for path in (out / "predictions").iterdir()} == {"tiny", "same", "tumour"}
+    table = rows_of(out / "table.csv")
+    assert [row["run"] for row in table] == ["tiny", "same", "tumour"]
+    assert [row["loss"] for row in table] == ["dice_ce"] * 3 and table[0]["epochs"] == table[0]["best epoch"] == "1"
+    assert float(table[2]["Dice - first"]) == pytest.approx(other["difference_to_first"]["dice"]["mean"]["value"],
+                                                            abs=1e-4)
+    assert (out / "table.md").read_text().count("\n| ") >= 3
+
+
+def test_paired_differences_are_surer_than_the_scores_themselves(trained, command, tmp_path):
+    """Both models meet the same easy and hard slides, so their difference varies less than either."""
+    def nudged(weights):
+        weights["head.bias"][2] += 1e-3
+    command(trained, another(trained, "nudged", nudged), "--split", "all")
+    ours, other = scores_of(tmp_path / "runs/comparison-all")["entries"]
+    score, change = ours["scores"]["pixel_accuracy"], other["difference_to_first"]["pixel_accuracy"]
+    assert change["high"] - change["low"] < 0.2 * (score["high"] - score["low"])
+
+
+def test_predictions_of_another_tool_are_scored_as_a_model_is(trained, command, tmp_path, capsys):
+    """The label images that an evaluation leaves, scored as if another tool had made them."""
+    command(trained)
+    shutil.copytree(trained / "evaluation/predictions/tiny", tmp_path / "peer")
+    (tmp_path / "x.yaml").write_text((trained / "config.yaml").read_text())
+    command("--predictions", tmp_path / "peer", "--config", tmp_path / "x.yaml")
+    model = scores_of(trained / "evaluation")["entries"][0]["scores"]
+    peer = scores_of(tmp_path / "peer-evaluation")["entries"][0]
+    assert peer["name"] == "peer" and {"soft_dice", "ece"} == model.keys() - peer["scores"].keys()
+    assert all(peer["scores"][name] == model[name] for name in peer["scores"])
+    assert {path.name for path in (tmp_path / "peer-evaluation").iterdir()} == OUTPUTS - {"losses.png",
+                                                                                        "reliability.png",
+                                                                                        "predictions"}
+    command(trained, "--predictions", f"{tmp_path}/peer/{{key}}.png")
+    other = scores_of(tmp_path / "runs/comparison")["entries"][1]
+    assert other["difference_to_first"]["dice"]["mean"]["value"] == 0
+    assert "peer" in capsys.readouterr().out
+
+
+def test_perfect_predictions_are_perfect_and_found_by_the_masks_names(trained, command, tmp_path):
+    command(trained, "--predictions", tmp_path / "tiles/masks")
+    truth = scores_of(tmp_path / "runs/comparison")["entries"][1]["scores"]
+    assert truth["dice"]["mean"]["value"] == truth["tile_surface_dice"]["mean"]["value"] == 1
+    assert truth["tile_hausdorff"]["mean"]["value"] == 0
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda folder, first: first.unlink(), "no label image for tile"),
+    (lambda folder, first: Image.new("L", (7, 5)).save(first), "5 x 7 pixels"),
+    (lambda folder, first: Image.fromarray(np.full((48, 40), 3, np.uint8)).save(first), "grey 3 .1920 pixels"),
+    (lambda folder, first: Image.new("L", (40, 48), 26).save(first.with_suffix(".tif")), "keep one"),
+    (lambda folder, first: shutil.rmtree(folder), "no such folder of label images")])
+def test_bad_predictions(trained, command, tmp_path, change, expected):
+    command(trained)
+    peer = shutil.copytree(trained / "evaluation/predictions/tiny", tmp_path / "peer")
+    change(peer, sorted(peer.iterdir())[0])
+    with pytest.raises(UserError, match=expected):
+        command(trained, "--predictions", peer)
+
+
+def test_flips_split_checkpoint_and_out(trained, command, tmp_path):
+    command(trained)
+    plain = scores_of(trained / "evaluation")
+    command(trained, "--flips", "--split", "train", "--checkpoint", "last", "--device", "cpu")
+    other = scores_of(trained / "evaluation-last-train-flips")
+    assert other["entries"][0]["name"] == "tiny (last)" and other["split"] == "train"
+    assert other["tiles"] + plain["tiles"] == 12
+    command(trained, "--split", "all", "--out", tmp_path / "elsewhere", "--tolerance", 1)
+    both = scores_of(tmp_path / "elsewhere")
+    assert both["tiles"] == 12 and both["surface_dice_tolerance_px"] == 1
+    assert (np.array(both["entries"][0]["confusion"]) >= plain["entries"][0]["confusion"]).all()
+
+
+def test_the_named_checkpoint_is_the_one_that_is_scored(trained, command):
     checkpoint = trained / "checkpoints/last.pt"
     contents = torch.load(checkpoint, weights_only=True)
     contents["history"].append(contents["history"][0])
-    contents["model"]["head.bias"][:] = torch.tensor([0.0, 0.0, 1e6])  # predicts tumour everywhere
+    always(2)(contents["model"])
     torch.save(contents, checkpoint)
-    best, last = run_evaluation(trained, "best"), run_evaluation(trained, "last")
-    assert (best["epoch"], last["epoch"]) == (1, 2)
-    assert np.sum(last["confusion"], axis=0)[:2].tolist() == [0, 0] and best["confusion"] != last["confusion"]
+    for arguments, folder in ((["--checkpoint", "last"], "evaluation-last"), (["--checkpoint", checkpoint], "x")):
+        command(trained, *arguments, "--out", trained / folder)
+        entry = scores_of(trained / folder)["entries"][0]
+        assert entry["tested_epoch"] == 2 and np.sum(entry["confusion"], axis=0)[:2].tolist() == [0, 0]
+    command(trained / "checkpoints/best.pt", checkpoint, "--out", trained / "both")
+    assert [entry["name"] for entry in scores_of(trained / "both")["entries"]] == ["tiny", "tiny (last)"]
 
 
-def test_data_that_moved_are_found_where_the_resumed_run_found_them(trained, tmp_path):
+def test_data_that_moved_are_found_where_the_resumed_run_found_them(trained, command, tmp_path):
     moved = (tmp_path / "tiles").rename(tmp_path / "moved")
     train.resume(trained, [f"data.root={moved}"])
-    assert run_evaluation(trained)["data_root"] == str(moved)
+    command(trained)
+    assert scores_of(trained / "evaluation")["data_root"] == str(moved)
 
 
-def test_runs_on_different_tiles_get_tables_of_their_own(trained, tmp_path):
-    first = run_evaluation(trained)
-    (tmp_path / "tiles/tiles.csv").write_text((tmp_path / "tiles/tiles.csv").read_text() + "\n")
-    other = run_evaluation(trained)
-    assert len(evaluate.comparisons([first, first])) == 1 and len(evaluate.comparisons([first, other, first])) == 2
-
-
-def test_an_evaluation_replaces_the_one_before_whole(trained):
-    (trained / "evaluation").mkdir()
-    (trained / "evaluation/old.txt").touch()
-    run_evaluation(trained, "last", 3, [])
-    assert {p.name for p in (trained / "evaluation").iterdir()} == {"scores.json", "tiles.csv", "predictions.png"}
-    with (trained / "evaluation/tiles.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == json.loads((trained / "evaluation/scores.json").read_text())["tiles"]
-
-
-def test_tiles_that_are_not_those_of_the_run_are_said(trained, tmp_path, capsys):
+def test_tiles_that_are_not_those_of_the_run_are_said(trained, command, tmp_path, capsys):
     with (tmp_path / "tiles/tiles.csv").open("a") as file:
         file.write("\n")
-    run_evaluation(trained, "best", 1, [])
+    command(trained)
     assert "may have been training tiles" in " ".join(capsys.readouterr().err.split())
 
 
-def test_bad_input(trained, tmp_path):
-    with pytest.raises(UserError, match="model.widths belongs to what was trained"):
-        run_evaluation(trained, "best", 1, ["model.widths=[4]"])
-    with pytest.raises(UserError, match="no such checkpoint"):
-        run_evaluation(tmp_path, "best", 1, [])
-    text = (tmp_path / "tiles/tiles.csv").read_text()
-    (tmp_path / "tiles/tiles.csv").write_text(text.replace(",test", ",train"))
+def test_the_tiles_of_the_picture(trained, command, monkeypatch):
+    shown = []
+    monkeypatch.setattr(evaluate.evaluation_report.figures, "tiles",
+                        lambda rows, *rest: shown.append([row[0] for row in rows]) or figures.Figure())
+    tumour = another(trained, "tumour", always(2))
+    command(trained)
+    keys = {row["key"]: float(row["dice_mean"]) for row in rows_of(trained / "evaluation/tiles.csv")}
+    ranked = sorted(keys, key=keys.get)
+    assert shown.pop() == ranked[:1] + ranked[1:] and len(ranked) == 2
+    command(trained, tumour, "--pictures", 1)
+    assert set(shown.pop()) == set(keys)  # the worst, and the one left where they differ
+    command(trained, "--tiles", ranked[1])
+    assert shown.pop() == [ranked[1]]
+
+
+def test_a_class_that_is_nowhere_has_no_score(trained, command, tmp_path):
+    for path in (tmp_path / "tiles/masks").iterdir():
+        Image.fromarray(np.full((48, 40), 51, np.uint8)).save(path)
+    command(another(trained, "tissue", always(1)))
+    contents = scores_of(tmp_path / "runs/tissue/evaluation")
+    entry = contents["entries"][0]
+    assert entry["scores"]["dice"]["tumour"] == {"value": None, "low": None, "high": None}
+    assert entry["scores"]["dice"]["mean"]["value"] == 1 and entry["tiles_behind_means"]["tumour"] == 0
+    assert entry["scores"]["soft_dice"]["value"] == pytest.approx(1 / 3, abs=1e-5)
+    assert contents["best_constant"]["class"] == "tissue"
+
+
+def test_runs_that_cannot_be_compared_are_refused_naming_both(trained, command, tmp_path):
+    other = another(trained, "other", lambda _: None)
+    shutil.copytree(tmp_path / "tiles", tmp_path / "others")
+    text = (tmp_path / "others/tiles.csv").read_text()
+    (tmp_path / "others/tiles.csv").write_text(text + "\n")
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace(str(tmp_path / "tiles"), str(tmp_path / "others")))
+    with pytest.raises(UserError, match=r"others/tiles.csv and tiny on .*tiles/tiles.csv, which differ"):
+        command(trained, other)
+    command(trained, other, f"data.root={tmp_path}/tiles")
+    contents = torch.load(other / "checkpoints/best.pt", weights_only=True)
+    contents["config"]["data"]["classes"] = ["background", "stroma", "tumour"]
+    torch.save(contents, other / "checkpoints/best.pt")
+    config.write_text(config.read_text().replace("tissue", "stroma"))
+    with pytest.raises(UserError, match="other has data.classes .*stroma.*, tiny has .*tissue"):
+        command(trained, other)
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda c: c["config"]["model"].update(widths=[4, 8, 16]), r"trained with model.widths=\(4, 8, 16\), but the run's "
+     r"config.yaml says \(4, 8\)"),
+    (lambda c: c["config"]["data"].update(classes=["a", "b", "c"]), "data.classes=.*'a', 'b', 'c'.*says .*'tumour'"),
+    (lambda c: c["model"].update({"head.bias": torch.zeros(5)}), r"head.bias' is \(5,\) in the file and \(3,\) in")])
+def test_a_checkpoint_of_another_architecture_is_refused_before_any_compute(trained, command, change, expected):
+    path = trained / "checkpoints/best.pt"
+    contents = torch.load(path, weights_only=True)
+    change(contents)
+    torch.save(contents, path)
+    with pytest.raises(UserError, match=expected):
+        command(trained)
+    assert not (trained / "evaluation").exists()
+
+
+def test_truncated_and_altered_checkpoints_are_refused(trained, command):
+    path = trained / "checkpoints/best.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-200])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        command(trained)
+    weights = torch.load(path.with_name("last.pt"), weights_only=True)["model"]["head.weight"]
+    place = whole.index(weights.numpy().tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+    with pytest.raises(UserError, match="damaged|not a readable checkpoint"):
+        command(trained)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["RUN", "model.widths=[4]"], "model.widths belongs to what was trained"),
+    (["RUN", "--tiles", "nowhere"], "no such tile"),
+    (["RUN", "--pictures", "0"], "--pictures must be at least 1"),
+    (["RUN", "--tolerance", "nan"], "--tolerance a number of pixels"),
+    (["RUN", "--checkpoint", "none.pt"], "no such checkpoint"),
+    (["RUN", "RUN"], "is named 2 times"),
+    (["RUN", "--config", "x.yaml"], "--config goes with --predictions"),
+    (["--predictions", "tiles/masks"], "needs --config"),
+    (["RUN", "--images", "nowhere"], "no such folder"),
+    (["RUN", "--images", "runs"], "no images found"),
+    (["RUN", "RUN", "--images", "tiles/frames"], "--images takes one run"),
+    (["RUN", "RUN", "--checkpoint", "x.pt"], "goes with one run"),
+    (["RUN", "--out", "tiles"], "is no evaluation, so it is not replaced"),
+    (["RUN", "--out", "tiles/tiles.csv"], "is no evaluation, so it is not replaced"),
+    (["RUN", "--predictions", "runs/peer/in", "--out", "runs/peer"], "which this would replace"),
+    (["RUN", "--device", "tpu"], "cannot be used here")])
+def test_bad_arguments(trained, command, tmp_path, arguments, expected):
+    shutil.copytree(tmp_path / "tiles/masks", tmp_path / "runs/peer/in")
+    (tmp_path / "runs/peer/scores.json").touch()
+    with pytest.raises(UserError, match=expected):
+        command(*(trained if argument == "RUN" else argument for argument in arguments))
+    assert not (trained / "evaluation").exists() and (tmp_path / "tiles/tiles.csv").exists()
+
+
+def test_no_tiles_and_lost_masks(trained, command, tmp_path):
+    path = tmp_path / "tiles/tiles.csv"
+    text = path.read_text()
+    path.write_text(text.replace(",test", ",train"))
     with pytest.raises(UserError, match="no tile has split = test"):
-        run_evaluation(trained, "best", 1, [])
-
-
-def test_a_class_that_is_nowhere_has_no_score():
-    counts = metrics.confusion(np.zeros((4, 4), int), np.zeros((4, 4), int), 3)
-    contents = evaluate.report(evaluate.Scores([Tile("a", "", "")], counts[None], np.array([1 / 3])), ("a", "b", "c"))
-    assert contents["dice"] == {"a": 1.0, "b": None, "c": None, "mean": 1.0}
-    assert contents["tiles_with_class"] == {"a": 1, "b": 0, "c": 0}
-    json.dumps(contents, allow_nan=False)
-    assert "-" in evaluate.comparison([{"run": "r", "epoch": 1, **contents}])
-
-
-def test_mean_over_tiles_leaves_out_tiles_without_the_class():
-    perfect = metrics.confusion(np.array([0, 1]), np.array([0, 1]), 3)
-    missed = metrics.confusion(np.array([0, 0]), np.array([0, 2]), 3)
-    scores = evaluate.Scores([Tile(k, "", "") for k in "ab"], np.stack([perfect, missed]), np.array([0.5, 0.5]))
-    contents = evaluate.report(scores, ("a", "b", "c"))
-    assert contents["dice_mean_over_tiles"]["b"] == 1.0 and contents["dice_mean_over_tiles"]["c"] == 0.0
-    assert contents["tiles_with_class"] == {"a": 2, "b": 1, "c": 1}
+        command(trained)
+    path.write_text(text)
+    shutil.rmtree(tmp_path / "tiles/masks")
+    with pytest.raises(UserError, match=r"mask#.*no such file"):
+        command(trained)
+    path.unlink()
+    with pytest.raises(UserError, match="the cleaned list of tiles is missing"):
+        command(trained)
 
 
 def test_predictions_are_normalised_with_the_training_statistics(trained):
+    entry = evaluate.trained(trained, "best", [], flips=False)
     checkpoint = runs.load_checkpoint(trained / "checkpoints/best.pt")
-    images = torch.randint(0, 256, (1, 20, 22, 3), dtype=torch.uint8)
     model = runs.build_model(checkpoint.config)
     runs.load_weights(model, checkpoint)
-    expected = mirrored_logits(model.eval(), normalise(images, checkpoint.statistics))
-    assert torch.allclose(evaluate.predictor(checkpoint, torch.device("cpu"))(images), expected, atol=1e-5)
+    images = torch.randint(0, 256, (1, 20, 22, 3), dtype=torch.uint8)
+    expected = model.eval()(normalise(images, checkpoint.statistics))
+    assert torch.allclose(entry.predictor.logits(images), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- without masks
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    random = np.random.default_rng(5)
+    for name, size in (("a.png", (48, 40)), ("b.jpg", (33, 70)), ("c & <d>.tif", (5, 9))):
+        Image.fromarray(random.integers(0, 256, (*size, 3)).astype(np.uint8)).save(folder / name)
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def test_images_without_masks(trained, command, images, capsys):
+    command(trained, "--images", images)
+    out = trained / "predictions"
+    rows = rows_of(out / "areas.csv")
+    assert [row["image"] for row in rows] == ["a.png", "b.jpg", "c & <d>.tif"]
+    entry = evaluate.trained(trained, "best", [], flips=False)
+    for row, size in zip(rows, ((48, 40), (33, 70), (5, 9)), strict=True):
+        pixels = np.array(Image.open(images / row["image"]))
+        labels = entry.predictor.logits(torch.from_numpy(pixels)[None])[0].argmax(0).numpy()
+        stem = row["image"].rpartition(".")[0]
+        assert (np.asarray(Image.open(out / f"labels/{stem}.png")) == GREYS[labels]).all()
+        assert Image.open(out / f"overlays/{stem}.jpg").size == size[::-1]
+        assert (int(row["height"]), int(row["width"])) == size
+        areas = [int(row[f"pixels_{name}"]) for name in ("background", "tissue", "tumour")]
+        assert areas == np.bincount(labels.ravel(), minlength=3).tolist()
+        assert float(row["share_tumour"]) == pytest.approx(areas[2] / sum(areas), abs=1e-6)
+    assert {path.name for path in out.iterdir()} == {"labels", "overlays", "areas.csv", "legend.png"}
+    assert "3 images" in capsys.readouterr().out
+
+
+def test_an_image_larger_than_a_window_has_the_answer_of_the_whole(trained, images):
+    entry = evaluate.trained(trained, "best", [], flips=False)
+    pixels = torch.randint(0, 256, (1100, 90, 3), dtype=torch.uint8)
+    assert len(list(entry.predictor.pieces(pixels[None]))) == 2
+    whole = evaluate.replace(entry.predictor, window=2000)
+    assert np.mean(entry.predictor.labels(pixels) == whole.labels(pixels)) > 0.9999
+
+
+def test_a_broken_image_is_seen_before_anything_is_computed(trained, command, images, monkeypatch):
+    whole = (images / "b.jpg").read_bytes()
+    (images / "b.jpg").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(prediction, "predict_folder", lambda *_: pytest.fail("computed"))
+    with pytest.raises(UserError, match="b.jpg: not a readable image"):
+        command(trained, "--images", images)
+    (images / "b.jpg").write_bytes(whole)
+    (images / "b.png").write_bytes((images / "a.png").read_bytes())
+    with pytest.raises(UserError, match="2 images are called 'b'"):
+        command(trained, "--images", images)
+    (images / "b.png").unlink()
+    Image.new("L", (5, 5)).save(images / "grey.png")
+    with pytest.raises(UserError, match="must be 8-bit RGB"):
+        command(trained, "--images", images)
+
+
+def test_images_larger_than_a_tile_may_be_are_taken_and_huge_headers_are_not(trained, command, images, monkeypatch):
+    monkeypatch.setattr("dataset.MAX_PIXELS", 100)
+    monkeypatch.setattr(prediction, "MAX_PIXELS", 2000)
+    with pytest.raises(UserError, match="70 x 33 pixels are more than fit here"):
+        command(trained, "--images", images)
+
+
+def test_the_tally_of_a_model_has_every_part(trained):
+    entry = evaluate.trained(trained, "best", [], flips=False)
+    questions = evaluate.ask([entry], "all")
+    tally, paths = evaluate.score(entry, questions, 3.0, trained / "labels")
+    assert len(tally.confusion) == 12 and (tally.confusion.sum((1, 2)) == 48 * 40).all()
+    assert (tally.calibration[:, 0].sum(1) == 48 * 40).all()
+    assert (tally.calibration[:, 2].sum(1) == np.trace(tally.confusion, axis1=1, axis2=2)).all()
+    assert metrics.tile_scores(tally)["soft_dice"].shape == (12,) and len(paths) == 12

@@ -1,0 +1,162 @@
+"""report.html: an evaluation as one page that needs nothing but itself, with a gallery of the tiles.
+
+Everything is embedded, pictures as data: addresses. The page's own rules (Content-Security-Policy) forbid requests.
+"""
+
+import base64
+import io
+import math
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+import evaluation_report
+import figures
+from console import Progress
+from evaluation_report import Evaluation
+
+TEMPLATES = Path(__file__).parent / "templates"
+MOST_TILES = 500  # in the gallery
+MOST_BYTES = 18 * 2**20  # of all thumbnails
+SIDES = (320, 256, 192, 128, 96, 64)  # pixels, the longer side of a thumbnail: the largest that fits
+LOWER_IS_BETTER = ("ece", "hausdorff", "hd95")
+LABELS = {"soft_dice": "soft Dice", "pixel_accuracy": "accuracy", "ece": "calibration error", "dice": "Dice",
+          "iou": "IoU", "precision": "precision", "recall": "recall", "hausdorff": "Hausdorff distance, px",
+          "hd95": "HD95, px", "surface_dice": "surface Dice"}
+
+
+def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
+    """Write report.html beside the pictures that it embeds."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    header, rows = evaluation_report.readable_rows(contents)
+    places = gallery_places(evaluation)
+    html = environment.get_template("report.html").render(
+        contents=contents, header=header, rows=rows, remarks=evaluation_report.remarks(contents),
+        class_tables=[class_table(entry, contents) for entry in contents["entries"]],
+        confusions=[confusion_table(entry) for entry in contents["entries"]],
+        pictures={name: png_address((folder / f"{name}.png").read_bytes()) for name in ("losses", "reliability")
+                  if (folder / f"{name}.png").exists()},
+        gallery=gallery(evaluation, places), shown=len(places), total=len(evaluation.questions.tiles),
+        colours=[f"#{bytes(colour).hex()}" for colour in figures.class_colours(len(evaluation.classes))],
+        error_colour=figures.ERROR)
+    (folder / "report.html").write_text(html, encoding="utf-8")
+
+
+def class_table(entry: dict, contents: dict) -> list[tuple[str, list[str]]]:
+    """Rows (score, cells of each class and of their mean)."""
+    columns, rows = [*contents["classes"], "mean"], []
+    for name, values in entry["scores"].items():
+        if name in LABELS or name.removeprefix("tile_") in LABELS:
+            kind, label = name.startswith("tile_"), LABELS[name.removeprefix("tile_")]
+            cells = [values] if "value" in values else [values[column] for column in columns]
+            if "value" in values:
+                cells = [None] * (len(columns) - 1) + cells
+            unit = 1 if "px" in label else 3
+            rows.append((f"{label}{', mean over tiles' if kind else ''}", [_cell(cell, unit) for cell in cells]))
+    rows.append(("tiles behind the means", [*map(str, entry["tiles_behind_means"].values()), ""]))
+    return rows
+
+
+def _cell(score: dict | None, digits: int) -> str:
+    if score is None:
+        return ""
+    if score["value"] is None:
+        return "–"
+    span = "" if score["low"] is None else f" ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
+    return f"{score['value']:.{digits}f}{span}"
+
+
+def confusion_table(entry: dict) -> list[list[tuple[int, float | None]]]:
+    """Pixels, and share of the true class's pixels, by true class and predicted class."""
+    return [[(count, count / sum(row) if sum(row) else None) for count in row] for row in entry["confusion"]]
+
+
+# ---------------------------------------------------------------------------------------------- the gallery
+
+def gallery_places(evaluation: Evaluation) -> list[int]:
+    """Numbers of the tiles in the gallery: all, or so many evenly spaced from the worst to the best."""
+    order = np.argsort(np.mean([tally.dice for tally in evaluation.tallies], axis=0))
+    return order[np.unique(np.linspace(0, len(order) - 1, min(len(order), MOST_TILES)).round().astype(int))].tolist()
+
+
+def gallery(evaluation: Evaluation, places: list[int]) -> dict:
+    """What the page's script shows: names, scores and thumbnails of the tiles `places`."""
+    scores = [evaluation_report.tile_scores(evaluation, entry) for entry in range(len(evaluation.entries))]
+    names = list(max(scores, key=len))
+    spread = np.ptp([tally.dice for tally in evaluation.tallies], axis=0)
+    side = _side(evaluation, places)
+    tiles = []
+    with Progress("draw gallery", len(places), "tile") as progress:
+        for i in places:
+            tile = evaluation.questions.tiles[i]
+            tiles.append({"key": tile.key, "group": tile.group, "spread": round(float(spread[i]), 4),
+                          "scores": [[_json_number(columns[name][i]) if name in columns else None for name in names]
+                                     for columns in scores]} | thumbnails(evaluation, i, side))
+            progress.advance()
+    return {"entries": [entry.name for entry in evaluation.entries], "classes": list(evaluation.classes),
+            "scores": [{"name": name, "label": _score_label(name, evaluation.classes),
+                        "lower": name.startswith(LOWER_IS_BETTER)} for name in names], "tiles": tiles}
+
+
+def _score_label(column: str, classes: tuple[str, ...]) -> str:
+    for name, label in LABELS.items():
+        if column.startswith(f"{name}_"):
+            rest = column.removeprefix(f"{name}_")
+            if rest == "mean" or rest in classes:
+                return f"{label}: {rest}"
+    return LABELS[column]
+
+
+def _json_number(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 4)
+
+
+def _side(evaluation: Evaluation, places: list[int]) -> int:
+    """The largest thumbnail with which all tiles fit into `MOST_BYTES`, by a sample of them."""
+    sample = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, 24).round().astype(int))]
+    for side in SIDES:
+        sizes = [sum(len(text) for value in thumbnails(evaluation, i, side).values()
+                     for text in ([value] if isinstance(value, str) else value)) for i in sample]
+        if 1.1 * np.mean(sizes) * len(places) <= MOST_BYTES:
+            return side
+    return SIDES[-1]
+
+
+def thumbnails(evaluation: Evaluation, i: int, side: int) -> dict:
+    """Addresses of image, truth, and of each entry's prediction and errors, the longer side of at most `side` px."""
+    image, target = evaluation.tile(i)
+    scale = min(1, side / max(target.shape))
+    size = tuple(max(1, round(length * scale)) for length in target.shape[::-1])     # (width, height)
+    colours = figures.class_colours(len(evaluation.classes))
+
+    def shrunk(labels: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+
+    photo = io.BytesIO()
+    Image.fromarray(image).resize(size, Image.Resampling.BOX).save(photo, "JPEG", quality=80)
+    truth = shrunk(target)
+    predictions = [shrunk(evaluation.predicted(entry, i)) for entry in range(len(evaluation.entries))]
+    wrong = np.array([[255, 255, 255], figures.rgb(figures.ERROR)])
+    return {"image": _address("jpeg", photo.getvalue()), "truth": palette_address(truth, colours),
+            "predictions": [palette_address(answer, colours) for answer in predictions],
+            "errors": [palette_address((answer != truth).astype(np.uint8), wrong, transparent=0)
+                       for answer in predictions]}
+
+
+def palette_address(labels: np.ndarray, colours: np.ndarray, transparent: int | None = None) -> str:
+    picture = Image.fromarray(labels).convert("P")
+    picture.putpalette(colours.astype(np.uint8).tobytes())
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True, **({} if transparent is None else {"transparency": transparent}))
+    return png_address(file.getvalue())
+
+
+def png_address(contents: bytes) -> str:
+    return _address("png", contents)
+
+
+def _address(kind: str, contents: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(contents).decode()}"

@@ -1,0 +1,132 @@
+"""inference.py: mirrored, windowed, symmetric."""
+
+import numpy as np
+import pytest
+import torch
+
+from inference import Predictor, mirrored_indices, reach, with_symmetries
+from unet import UNet, receptive_field
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 16, 17, 31, 224, 500])
+@pytest.mark.parametrize("multiple", [1, 2, 8, 16, 32])
+def test_mirroring_equals_numpys_symmetric_padding(size, multiple):
+    line, margin = np.arange(size), -size % multiple
+    expected = np.pad(line, (margin // 2, margin - margin // 2), mode="symmetric")
+    assert (line[mirrored_indices(size, multiple).numpy()] == expected).all()
+
+
+def test_500_becomes_512_with_6_pixels_on_either_side():
+    indices = mirrored_indices(500, 16)
+    assert len(indices) == 512 and indices[:7].tolist() == [5, 4, 3, 2, 1, 0, 0] and indices[6] == 0
+
+
+def model_of(*widths):
+    """A network in float64 and evaluation mode, whose batch norm has seen something."""
+    torch.manual_seed(0)
+    model = UNet(widths, dropout=0).double().train()
+    model(torch.randn(4, 3, 64, 64, dtype=torch.double))
+    return model.eval()
+
+
+def normalise(images):
+    return (images.double() / 255 - 0.5).movedim(-1, 1)
+
+
+def images_of(height, width, count=1):
+    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(height * width))
+
+
+@pytest.mark.parametrize("size", [(50, 38), (32, 48), (5, 3), (1, 1)])
+def test_logits_of_any_size_are_those_of_the_padded_image_cropped_back(size):
+    model, images = model_of(4, 8, 16), images_of(*size, count=2)
+    margins = [-n % 4 for n in size]
+    pads = [(m // 2, m - m // 2) for m in margins]
+    padded = torch.from_numpy(np.pad(images.numpy(), [(0, 0), *pads, (0, 0)], mode="symmetric"))
+    expected = model(normalise(padded))[:, :, pads[0][0]:pads[0][0] + size[0], pads[1][0]:pads[1][0] + size[1]]
+    assert torch.equal(Predictor.of(model, normalise, flips=False).logits(images), expected)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_the_field_holds_every_pixel_that_matters_and_its_ends_do(levels):
+    """A changed pixel just outside the field changes nothing; at its ends it does (average pooling: no ties)."""
+    model = model_of(*[3] * levels)
+    model.pool = torch.nn.AvgPool2d(2)
+    line = torch.zeros(1, 3, 8, 256, dtype=torch.double).requires_grad_()
+    for parameter in model.parameters():
+        parameter.data.abs_()
+    for position in range(128, 128 + 2 ** (levels - 1)):
+        line.grad = None
+        model(line)[..., position].sum().backward()
+        seen = line.grad.abs().sum((0, 1, 2)).nonzero().flatten()
+        assert (seen.min().item(), seen.max().item()) == receptive_field(levels, position)
+
+
+def test_fields_are_those_of_the_exact_arithmetic():
+    def size(levels, position):
+        first, last = receptive_field(levels, position)
+        return last - first + 1
+
+    assert [size(5, p) for p in range(16)] == [188 if p in (0, 1, 14, 15) else 204 for p in range(16)]
+    assert [size(4, p) for p in range(8)] == [92 if p in (0, 1, 6, 7) else 100 for p in range(8)]
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("size", [(150, 200), (97, 333), (48, 161), (500, 31)])
+def test_windows_answer_what_the_whole_image_does(size, flips):
+    whole = Predictor.of(model_of(4, 4, 8), normalise, flips)
+    windowed = Predictor(whole.network, whole.multiple, whole.margin, window=96)
+    images = images_of(*size)
+    assert len(list(windowed.pieces(images))) > 1 == len(list(whole.pieces(images)))
+    assert torch.allclose(windowed.logits(images), whole.logits(images), rtol=0, atol=1e-9)
+    assert (windowed.labels(images[0]) == whole.logits(images)[0].argmax(0).numpy()).all()
+
+
+def test_a_smaller_margin_would_not_do():
+    """So the equality above is no accident of a network that looks at little."""
+    whole = Predictor.of(model_of(4, 4, 8), normalise, flips=False)
+    assert whole.margin == 24 and reach(3) == 23
+    narrow = Predictor(whole.network, whole.multiple, margin=8, window=96)
+    images = images_of(150, 200)
+    assert not torch.allclose(narrow.logits(images), whole.logits(images), rtol=0, atol=1e-9)
+
+
+def test_a_network_that_sees_further_than_the_window_is_wide():
+    whole = Predictor.of(model_of(*[2] * 6), normalise, flips=False)
+    windowed = Predictor(whole.network, whole.multiple, whole.margin, window=64)
+    images = images_of(64, 700)
+    assert whole.margin == 224 and torch.allclose(windowed.logits(images), whole.logits(images), rtol=0, atol=1e-9)
+
+
+def test_symmetric_answers_turn_with_the_image():
+    predictor = Predictor.of(model_of(4, 8, 8), normalise, flips=True)
+    plain = Predictor.of(model_of(4, 8, 8), normalise, flips=False)
+    images = images_of(48, 64)
+    answer = torch.softmax(predictor.logits(images), 1)
+    assert torch.allclose(answer.sum(1), torch.ones(1, 48, 64).double())
+    for turned, back in ((images.flip(1), lambda x: x.flip(2)), (images.flip(2), lambda x: x.flip(3)),
+                         (images.rot90(1, (1, 2)), lambda x: x.rot90(-1, (2, 3)))):
+        assert torch.allclose(back(torch.softmax(predictor.logits(turned), 1)), answer)
+        assert not torch.allclose(back(torch.softmax(plain.logits(turned), 1)),
+                                  torch.softmax(plain.logits(images), 1), atol=1e-3)
+
+
+def test_symmetries_are_the_mean_of_eight_different_views():
+    views = []
+
+    def network(images):
+        views.append(images[0, ..., 0].clone())
+        return torch.stack([images[..., 0], images[..., 1]], 1).double()
+
+    images = images_of(4, 4)
+    expected = torch.log_softmax(network(images), 1)
+    views.clear()
+    assert torch.allclose(with_symmetries(network)(images), expected)  # a network without neighbours does not care
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 8
+
+
+def test_certain_networks_stay_finite_where_it_counts():
+    network = with_symmetries(lambda images: torch.tensor([0.0, 500.0])[:, None, None].expand(1, 2, *images.shape[1:3]))
+    answer = network(images_of(4, 4))
+    assert torch.softmax(answer, 1)[0, 1].eq(1).all() and not answer.isnan().any()
