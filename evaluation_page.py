@@ -78,7 +78,7 @@ def confusion_table(entry: dict) -> list[list[tuple[int, float | None]]]:
 
 def gallery_places(evaluation: Evaluation) -> list[int]:
     """Numbers of the tiles in the gallery: all, or so many evenly spaced from the worst to the best."""
-    order = np.argsort(np.mean([tally.dice for tally in evaluation.tallies], axis=0))
+    order, _ = evaluation.ranked()
     return order[np.unique(np.linspace(0, len(order) - 1, min(len(order), MOST_TILES)).round().astype(int))].tolist()
 
 
@@ -86,13 +86,13 @@ def gallery(evaluation: Evaluation, places: list[int]) -> dict:
     """What the page's script shows: names, scores and thumbnails of the tiles `places`."""
     scores = [evaluation_report.tile_scores(evaluation, entry) for entry in range(len(evaluation.entries))]
     names = list(max(scores, key=len))
-    spread = np.ptp([tally.dice for tally in evaluation.tallies], axis=0)
+    _, spread = evaluation.ranked()
     side = _side(evaluation, places)
     tiles = []
     with Progress("draw gallery", len(places), "tile") as progress:
         for i in places:
             tile = evaluation.questions.tiles[i]
-            tiles.append({"key": tile.key, "group": tile.group, "spread": round(float(spread[i]), 4),
+            tiles.append({"key": tile.key, "group": tile.group, "spread": _json_number(spread[i]),
                           "scores": [[_json_number(columns[name][i]) if name in columns else None for name in names]
                                      for columns in scores]} | thumbnails(evaluation, i, side))
             progress.advance()
@@ -111,7 +111,7 @@ def _score_label(column: str, classes: tuple[str, ...]) -> str:
 
 
 def _json_number(value: float) -> float | None:
-    return None if math.isnan(value) else round(float(value), 4)
+    return None if math.isnan(value) else round(float(value), 6)
 
 
 def _side(evaluation: Evaluation, places: list[int]) -> int:

@@ -271,7 +271,7 @@ def test_the_tiles_of_the_picture(trained, command, monkeypatch):
                         lambda rows, *rest: shown.append([row[0] for row in rows]) or figures.Figure())
     tumour = another(trained, "tumour", always(2))
     command(trained)
-    keys = {row["key"]: float(row["dice_mean"]) for row in rows_of(trained / "evaluation/tiles.csv")}
+    keys = {row["key"]: float(row["pixel_accuracy"]) for row in rows_of(trained / "evaluation/tiles.csv")}
     ranked = sorted(keys, key=keys.get)
     assert shown.pop() == ranked[:1] + ranked[1:] and len(ranked) == 2
     command(trained, tumour, "--pictures", 1)
