@@ -30,7 +30,7 @@ data/demo/tiles.csv: | data/demo/frames
 demo: .venv/installed data/demo/tiles.csv
 	@if [ -d runs/demo ]; then $(PY) train.py --resume runs/demo; else $(PY) train.py --config configs/demo.yaml; fi
 	$(PY) evaluate.py runs/demo
-	@echo "look at runs/demo/evaluation/predictions.png and runs/demo/figures/losses.png"
+	@echo "open runs/demo/evaluation/report.html in a browser"
 
 test: .venv/installed-dev
 	$(PY) -m ruff check .

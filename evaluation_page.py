@@ -34,7 +34,8 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
     header, rows = evaluation_report.readable_rows(contents)
     places = gallery_places(evaluation)
     html = environment.get_template("report.html").render(
-        contents=contents, header=header, rows=rows, remarks=evaluation_report.remarks(contents),
+        contents=contents, header=header, rows=rows,
+        remarks=[*evaluation_report.about_tiles(contents), *evaluation_report.about_scores(contents)],
         class_tables=[class_table(entry, contents) for entry in contents["entries"]],
         confusions=[confusion_table(entry) for entry in contents["entries"]],
         pictures={name: png_address((folder / f"{name}.png").read_bytes()) for name in ("losses", "reliability")

@@ -187,8 +187,8 @@ def readable_rows(contents: dict) -> tuple[list[str], list[list[str]]]:
     return [pairs.get(name, name) for name in header if name not in drop], shown
 
 
-def remarks(contents: dict) -> list[str]:
-    """What a reader of the numbers must know."""
+def about_tiles(contents: dict) -> list[str]:
+    """Of what and how many tiles the scores are, and how far the intervals can be trusted."""
     groups = contents["groups"]
     of = f" of {groups} group{'s' * (groups > 1)}" if groups else ""
     lines = [f"{contents['tiles']} tiles{of} (split: {contents['split']}) of {contents['data_root']}. Intervals: "
@@ -198,19 +198,23 @@ def remarks(contents: dict) -> list[str]:
                      "and are too narrow if tiles share a slide.")
     elif 1 < groups < FEW_GROUPS:
         lines.append(f"With {groups} groups the intervals are rough, and too narrow rather than too wide.")
+    return lines
+
+
+def about_scores(contents: dict) -> list[str]:
+    """What the main scores mean."""
     constant = contents["best_constant"]
-    lines.append(f"Dice, the hard Dice, is pooled over all pixels and averaged over classes; {constant['class']} "
-                 f"everywhere has {constant['dice_mean']:.4f}.")
+    lines = [f"Dice, the hard Dice, is pooled over all pixels and averaged over classes; {constant['class']} everywhere "
+             f"has {constant['dice_mean']:.4f}.",
+             "HD95 is the mean over tiles and classes; a class that is missed or invented costs the tile's diagonal."]
     if any(entry.get("loss") for entry in contents["entries"]):
         lines.append("Soft Dice is the report's equation 9, in which a perfect prediction of a tile without one of "
                      "three classes has 0.667.")
-    lines.append("HD95 is the mean over tiles and classes; a class that is missed or invented costs the tile's "
-                 "diagonal.")
     return lines
 
 
 def summary(contents: dict) -> str:
-    """The main scores, and those of the best constant prediction, as a table; then what one must know of them."""
+    """The main scores, and those of the best constant prediction, as a table, and what they are of."""
     classes = contents["classes"]
     header = ["run", "soft Dice", "accuracy", "Dice", "95 % interval", *classes, "HD95 px"]
     several = len(contents["entries"]) > 1
@@ -227,7 +231,7 @@ def summary(contents: dict) -> str:
     constant = contents["best_constant"]
     rows.append([f"all {constant['class']}", "-", "-", f"{constant['dice_mean']:.3f}"])
     header += ["Dice - first", "95 % interval"] * several
-    return "\n".join([table(header, [row + [""] * (len(header) - len(row)) for row in rows]), *remarks(contents)])
+    return "\n".join([table(header, [row + [""] * (len(header) - len(row)) for row in rows]), *about_tiles(contents)])
 
 
 def _shown(score: dict | None, form: str = ".3f") -> str:
@@ -288,7 +292,7 @@ def write(folder: Path, evaluation: Evaluation, keys: Sequence[str], count: int)
     header, rows = table_rows(contents)
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
-    write_text(folder / "table.md", "\n\n".join([markdown_table(*readable_rows(contents)), *remarks(contents)]) + "\n")
+    write_text(folder / "table.md", "\n\n".join([markdown_table(*readable_rows(contents)), *about_tiles(contents), *about_scores(contents)]) + "\n")
     figures.save(draw_tiles(evaluation, keys, count), folder / "tiles.png")
     histories = {entry.name: entry.history for entry in evaluation.entries if entry.history}
     if histories:

@@ -13,7 +13,8 @@ def train_and_evaluate(folder, name):
         out = script(*command, cwd=folder, limit=1800)
         assert out.returncode == 0, out.stderr
     scores = json.loads((folder / f"runs/{name}/evaluation/scores.json").read_text())
-    return scores["dice"], scores["best_constant"]["dice_mean"]
+    dice = scores["entries"][0]["scores"]["dice"]
+    return {name: score["value"] for name, score in dice.items()}, scores["best_constant"]["dice_mean"]
 
 
 @pytest.fixture

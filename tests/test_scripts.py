@@ -38,7 +38,11 @@ def test_from_tiles_to_scores(demo):
     evaluated = script("evaluate.py", "runs/demo", cwd=demo)
     assert evaluated.returncode == 0, evaluated.stderr
     scores = json.loads((demo / "runs/demo/evaluation/scores.json").read_text())
-    assert {"tiles", "soft_dice", "pixel_accuracy", "dice", "iou"} <= scores.keys() and scores["tiles"] > 0
+    assert scores["tiles"] > 0 and scores["entries"][0]["scores"]["dice"]["tumour"]["value"] is not None
+    assert "wrote runs/demo/evaluation" in evaluated.stdout
+    segmented = script("evaluate.py", "runs/demo", "--images", "data/demo/frames", cwd=demo)
+    assert segmented.returncode == 0, segmented.stderr
+    assert len(list((demo / "runs/demo/predictions/labels").iterdir())) == 24
     resumed = script("train.py", "--resume", "runs/demo", "train.epochs=3", cwd=demo)
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch 3/3" in resumed.stdout and "epoch 2/3" not in resumed.stdout
@@ -106,6 +110,8 @@ def test_without_a_terminal_there_are_plain_lines(demo):
     (["train.py", "--resume", "runs/none"], "no such run"),
     (["evaluate.py", "runs/none"], "no such checkpoint"),
     (["evaluate.py", "data.root=x"], "no run given"),
+    (["evaluate.py", "--predictions", "x", "--config", "configs/none.yaml"], "no such config file"),
+    (["evaluate.py", "runs/none", "--images", "data"], "no such checkpoint"),
     (["tools.prepare_ebhi", "nowhere", "data/ebhi"], "no EBHI-Seg images found"),
     (["tools.make_demo_data", "configs"], "not an empty folder"),
 ])
