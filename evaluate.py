@@ -105,14 +105,14 @@ def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
     return folder.with_name(f"{folder.name}-{kind}") if kind else folder
 
 
-def refuse_foreign(out: Path, entries: Sequence[Entry]) -> None:
-    """Only an earlier evaluation is ever replaced, and nothing that is being read."""
+def refuse_foreign(out: Path, read: Sequence[Path]) -> None:
+    """Only an earlier evaluation is ever replaced, and no folder that is being read."""
     ours = any((out / name).is_file() for name in ("scores.json", "areas.csv"))
     if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is no evaluation, so it is not replaced; choose another folder with --out")
-    for entry in entries:
-        if entry.labels and entry.folder.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{entry.folder} lies in {out}, which this would replace; choose another folder with --out")
+    for folder in read:
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{folder} lies in {out}, which this would replace; choose another folder with --out")
 
 
 def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
@@ -170,7 +170,7 @@ def main() -> None:
                         f"{args.pictures} and {args.tolerance:g}")
     entries = plan(args, folders, overrides)
     out = destination(entries, args)
-    refuse_foreign(out, entries)
+    refuse_foreign(out, [*(entry.folder for entry in entries if entry.labels), *([args.images] if args.images else [])])
     if args.images:
         images = prediction.find_images(args.images)
         rows = prediction.predict_folder(entries[0], images, out)

@@ -204,8 +204,8 @@ def about_tiles(contents: dict) -> list[str]:
 def about_scores(contents: dict) -> list[str]:
     """What the main scores mean."""
     constant = contents["best_constant"]
-    lines = [f"Dice, the hard Dice, is pooled over all pixels and averaged over classes; {constant['class']} everywhere "
-             f"has {constant['dice_mean']:.4f}.",
+    lines = ["Dice, the hard Dice, is pooled over all pixels and averaged over classes; predicting "
+             f"{constant['class']} everywhere has {constant['dice_mean']:.4f}.",
              "HD95 is the mean over tiles and classes; a class that is missed or invented costs the tile's diagonal."]
     if any(entry.get("loss") for entry in contents["entries"]):
         lines.append("Soft Dice is the report's equation 9, in which a perfect prediction of a tile without one of "
@@ -292,9 +292,11 @@ def write(folder: Path, evaluation: Evaluation, keys: Sequence[str], count: int)
     header, rows = table_rows(contents)
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
-    write_text(folder / "table.md", "\n\n".join([markdown_table(*readable_rows(contents)), *about_tiles(contents), *about_scores(contents)]) + "\n")
+    paragraphs = [markdown_table(*readable_rows(contents)), *about_tiles(contents), *about_scores(contents)]
+    write_text(folder / "table.md", "\n\n".join(paragraphs) + "\n")
     figures.save(draw_tiles(evaluation, keys, count), folder / "tiles.png")
-    histories = {entry.name: entry.history for entry in evaluation.entries if entry.history}
+    histories = {f"{entry.name}: {entry.config.loss.name}": entry.history for entry in evaluation.entries
+                 if entry.history}
     if histories:
         figures.save(figures.compared_losses(histories), folder / "losses.png")
     bins = {entry.name: tally.calibration.sum(0) for entry, tally in

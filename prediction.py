@@ -23,6 +23,7 @@ from files import replacing_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PIXELS = 2**28  # 16,384 x 16,384: an image and its answer are held in memory
+OVERLAY = 4096  # pixels, the longer side of an overlay at most
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -53,8 +54,10 @@ def predict_folder(entry: Entry, images: Sequence[Path], out: Path) -> list[dict
             image = read_image(path, MAX_PIXELS)
             labels = entry.predictor.labels(torch.from_numpy(image.copy()).to(entry.device))
             Image.fromarray(greys[labels]).save(partial / "labels" / f"{path.stem}.png")
-            Image.fromarray(figures.overlay(image, labels, len(greys))).save(partial / "overlays" / f"{path.stem}.jpg",
-                                                                            quality=90)
+            step = -(-max(labels.shape) // OVERLAY)
+            small = np.asarray(Image.fromarray(image).reduce(step))
+            overlay = figures.overlay(small, labels[::step, ::step], len(greys))
+            Image.fromarray(overlay).save(partial / "overlays" / f"{path.stem}.jpg", quality=90)
             pixels = np.bincount(labels.ravel(), minlength=len(greys))
             rows.append({"image": path.name, "height": labels.shape[0], "width": labels.shape[1]}
                         | {f"pixels_{name}": count for name, count in zip(data.classes, pixels.tolist(), strict=True)}

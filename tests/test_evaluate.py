@@ -231,8 +231,15 @@ def test_flips_split_checkpoint_and_out(trained, command, tmp_path):
     other = scores_of(trained / "evaluation-last-train-flips")
     assert other["entries"][0]["name"] == "tiny (last)" and other["split"] == "train"
     assert other["tiles"] + plain["tiles"] == 12
+    command(trained, "--flips")
+    flips, once = (contents["entries"][0]["scores"] for contents in (scores_of(trained / "evaluation-flips"), plain))
+    assert flips["soft_dice"]["value"] != once["soft_dice"]["value"]
+    assert flips["soft_dice"]["value"] == pytest.approx(once["soft_dice"]["value"], abs=0.05)
     command(trained, "--split", "all", "--out", tmp_path / "elsewhere", "--tolerance", 1)
     both = scores_of(tmp_path / "elsewhere")
+    command(trained, "--split", "all", "--tolerance", 9)
+    wider = scores_of(trained / "evaluation-all")["entries"][0]["scores"]["tile_surface_dice"]["tissue"]["value"]
+    assert wider > both["entries"][0]["scores"]["tile_surface_dice"]["tissue"]["value"]
     assert both["tiles"] == 12 and both["surface_dice_tolerance_px"] == 1
     assert (np.array(both["entries"][0]["confusion"]) >= plain["entries"][0]["confusion"]).all()
 
@@ -354,6 +361,7 @@ def test_truncated_and_altered_checkpoints_are_refused(trained, command):
     (["RUN", "--out", "tiles"], "is no evaluation, so it is not replaced"),
     (["RUN", "--out", "tiles/tiles.csv"], "is no evaluation, so it is not replaced"),
     (["RUN", "--predictions", "runs/peer/in", "--out", "runs/peer"], "which this would replace"),
+    (["RUN", "--images", "runs/peer/in", "--out", "runs/peer"], "which this would replace"),
     (["RUN", "--device", "tpu"], "cannot be used here")])
 def test_bad_arguments(trained, command, tmp_path, arguments, expected):
     shutil.copytree(tmp_path / "tiles/masks", tmp_path / "runs/peer/in")
@@ -427,6 +435,14 @@ def test_an_image_larger_than_a_window_has_the_answer_of_the_whole(trained, imag
     assert len(list(entry.predictor.pieces(pixels[None]))) == 2
     whole = evaluate.replace(entry.predictor, window=2000)
     assert np.mean(entry.predictor.labels(pixels) == whole.labels(pixels)) > 0.9999
+
+
+def test_overlays_of_large_images_are_smaller(trained, command, images, monkeypatch):
+    monkeypatch.setattr(prediction, "OVERLAY", 30)
+    command(trained, "--images", images)
+    sizes = {path.stem: Image.open(path).size for path in (trained / "predictions/overlays").iterdir()}
+    assert sizes == {"a": (20, 24), "b": (24, 11), "c & <d>": (9, 5)}
+    assert Image.open(trained / "predictions/labels/a.png").size == (40, 48)
 
 
 def test_a_broken_image_is_seen_before_anything_is_computed(trained, command, images, monkeypatch):
