@@ -26,7 +26,7 @@ LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 
 @dataclass(frozen=True)
 class Entry:
-    """A competitor; everything that can be refused has been looked at."""
+    """A competitor, found fit to answer: only the values of label images are looked at as they are read."""
 
     name: str
     config: Config

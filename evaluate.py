@@ -40,39 +40,35 @@ TOLERANCE = 3.0  # pixels
 
 
 def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) -> tuple[metrics.Tally, dict[str, Path]]:
-    """Let an entry answer every tile, count, and keep the answers: a model's as label images in `folder`."""
+    """Let an entry answer every tile, and count; also where its answers lie: those of a model are put into `folder`."""
     data, store = questions.config.data, questions.store
     classes, greys = len(data.classes), np.array(data.greys, np.uint8)
-    batch_size = max(1, PIXELS_AT_ONCE // (store.shape[1] * store.shape[2]))
-    confusions, surfaces, soft, calibration, kept = [], [], [], [], []
+    paths = entry.labels or {tile.key: folder / f"{tile.key}.png" for tile in questions.tiles}
     if entry.predictor:
         folder.mkdir(parents=True)
-    with (Progress(f"evaluate {entry.name}", len(questions.rows), "tile") as progress,
+    batch_size = max(1, PIXELS_AT_ONCE // (store.shape[1] * store.shape[2]))
+    confusions, surfaces, soft, calibration = [], [], [], []
+    with (Progress(f"evaluate {entry.name}", len(questions.tiles), "tile") as progress,
           ThreadPoolExecutor(cores()) as pool):
-        for start in range(0, len(questions.rows), batch_size):
+        for start in range(0, len(questions.tiles), batch_size):
             tiles = questions.tiles[start:start + batch_size]
-            batch = torch.from_numpy(store[questions.rows[start:start + batch_size]]).to(entry.device)
+            pixels = store[questions.rows[start:start + batch_size]]                 # (B, H, W, 4)
+            batch = torch.from_numpy(pixels).to(entry.device)
             target = batch[..., 3].long()                                            # (B, H, W)
             labels, logits = entry.answer(batch[..., :3], tiles)                     # (B, H, W), (B, K, H, W)
             confusions += metrics.confusion(labels, target, classes).tolist()
             if logits is not None:
                 soft += soft_dice(logits, target).tolist()
                 calibration += metrics.calibration(logits, target).tolist()
-            labels = labels.to(torch.uint8).cpu().numpy()
-            surfaces += pool.map(lambda pair: metrics.surfaces(*pair, classes, tolerance),
-                                 zip(labels, batch[..., 3].cpu().numpy(), strict=True))
+            answers = labels.to(torch.uint8).cpu().numpy()
+            surfaces += pool.map(lambda answer, truth: metrics.surfaces(answer, truth, classes, tolerance),
+                                 answers, pixels[..., 3])
             if entry.predictor:
-                kept += pool.map(lambda pair: save_labels(*pair), [(folder / f"{tile.key}.png", greys[answer])
-                                                                   for tile, answer in zip(tiles, labels, strict=True)])
+                list(pool.map(lambda tile, answer: Image.fromarray(greys[answer]).save(paths[tile.key]),
+                              tiles, answers))
             progress.advance(len(tiles))
-    paths = entry.labels or dict(zip((tile.key for tile in questions.tiles), kept, strict=True))
     return metrics.Tally(np.array(confusions), np.array(surfaces), np.array(soft) if soft else None,
                          np.array(calibration) if calibration else None), paths
-
-
-def save_labels(path: Path, greys: np.ndarray) -> Path:
-    Image.fromarray(greys).save(path)
-    return path
 
 
 def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, tolerance: float = TOLERANCE,

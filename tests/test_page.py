@@ -196,6 +196,19 @@ def test_a_tile_by_keyboard_alone(opened):
     assert opened.execute_script("return document.activeElement.dataset.key") == shown[0]
 
 
+def test_a_large_tile_shows_either_model(opened):
+    find(opened, ".card").click()
+    picture = {}
+    for button in range(2):
+        opened.find_elements("css selector", "#large-scores button")[button].click()
+        buttons = opened.find_elements("css selector", "#large-scores button")
+        pressed = [found.get_attribute("aria-pressed") for found in buttons]
+        assert pressed == ["true" if i == button else "false" for i in range(2)]
+        picture[button] = find(opened, "#large .layer").get_attribute("src")
+        assert find(opened, "#entry").get_attribute("value") == str(button)
+    assert picture[0] != picture[1]
+
+
 def test_finding_by_key_or_group(opened):
     box = find(opened, "#find")
     box.send_keys("s5-")
@@ -211,7 +224,7 @@ def test_names_are_text_whatever_they_hold(opened):
     key = f"s5-11{HOSTILE}"
     assert key in keys_shown(opened)
     assert key in [element.text for element in opened.find_elements("css selector", ".card .key")]
-    headings = [element.text for element in opened.find_elements("css selector", "#classes ~ .wide th[scope=col]")]
+    headings = [element.text for element in opened.find_elements("css selector", "#classes ~ details th[scope=col]")]
     assert CLASSES[1] in headings
     assert not opened.find_elements("css selector", "img[src=x], main i")
     assert "49" not in find(opened, "h1").text
