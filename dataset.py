@@ -81,8 +81,8 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if picture.tile and "16" in str(np.ravel(picture.tile[0][3])[0]):  # Pillow would cut RGB to 8 bits unasked
             raise UserError(f"{path}: 16 bits a channel; expected 8. Convert it to 8 bits")
         if getattr(picture, "n_frames", 1) > 1 or picture.getexif().get(ORIENTATION, 1) != 1:
-            raise UserError(f"{path}: several pages or a rotation flag (EXIF), so that image and mask may not lie on "
-                            "each other; save it as a plain PNG")
+            raise UserError(f"{path}: several pages, or a rotation flag (EXIF) that some programs follow and some do "
+                            "not; save it as a plain PNG")
         picture.load()
         return picture
 
@@ -128,7 +128,7 @@ def count_classes(path: Path, counts: np.ndarray, greys: Sequence[int]) -> np.nd
     """Pixels of each class (K,) from those of each grey (256,); a grey that is not in `greys` is an error."""
     unknown = np.setdiff1d(np.flatnonzero(counts), greys)
     if unknown.size:
-        found = ", ".join(f"{value} ({counts[value]} pixels)" for value in unknown[:5])
+        found = ", ".join(f"{value} ({counts[value]} pixel{'s' * (counts[value] > 1)})" for value in unknown[:5])
         raise UserError(f"{path}: grey {found}{', …' if unknown.size > 5 else ''} is none of data.greys {list(greys)}; "
                         "mend the mask or set data.greys and data.classes")
     return counts[list(greys)]

@@ -16,7 +16,7 @@ from torch import Tensor
 import runs
 from config import Config, apply_overrides, leaves, load_config
 from console import UserError, warn
-from dataset import SPLITS, TILE_LIST, Tile, normalise, open_store, picture_size, read_mask, read_tiles
+from dataset import SPLITS, TILE_LIST, Tile, normalise, open_store, picture_size, read_greys, read_mask, read_tiles
 from hardware import choose_device
 from inference import Predictor
 
@@ -26,7 +26,7 @@ LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 
 @dataclass(frozen=True)
 class Entry:
-    """A competitor, found fit to answer: only the values of label images are looked at as they are read."""
+    """A competitor; everything that can be refused has been looked at."""
 
     name: str
     config: Config
@@ -69,7 +69,7 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> En
     checkpoint = runs.load_checkpoint(file)
     settings = folder / "config.yaml"  # knows where the data lies, should they have moved since the checkpoint
     current = load_config(settings) if settings.exists() else checkpoint.config
-    same = re.compile(r"model\.|data\.(classes|greys)")
+    same = re.compile(r"name|loss|model|data\.(classes|greys)")
     runs.refuse_other(current, checkpoint, [name for name, _ in leaves(current) if not same.match(name)])
     config = apply_overrides(checkpoint.config, [f"data.root={current.data.root}", f"device={current.device}",
                                                  *overrides], allowed=MAY_CHANGE)
@@ -97,6 +97,10 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
         if path.suffix.lower() in LABEL_SUFFIXES:
             by_stem.setdefault(path.stem, []).append(path)
     labels, root = {}, Path(config.data.root)
+    if "{key}" not in pattern and not by_stem:
+        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:5])
+        raise UserError(f"{folder}: no label images in it ({', '.join(LABEL_SUFFIXES)})"
+                        + (f"; did you mean one of its folders {inside}?" if inside else ""))
     for tile in tiles:
         names = dict.fromkeys([Path(tile.mask).stem, Path(tile.image).stem, tile.key])
         found = ([Path(pattern.replace("{key}", tile.key))] if "{key}" in pattern else
@@ -105,13 +109,19 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
             raise UserError(f"{folder}: both {found[0].name} and {found[1].name} may be the labels of tile "
                             f"'{tile.key}'; keep one, or give a pattern with {{key}} in it")
         if not found or not found[0].is_file():
-            expected = found[0] if found else f"{folder / next(iter(names))}.png"
+            expected = found[0] if found else f"{folder}/{' or '.join(f'{name}.png' for name in names)}"
             raise UserError(f"{expected}: no label image for tile '{tile.key}'; every tile that is scored needs one")
         labels[tile.key] = found[0]
         size, expected = picture_size(found[0]), picture_size(root / tile.mask)
         if size != expected:
             raise UserError(f"{found[0]}: {size[0]} x {size[1]} pixels (height x width), but the mask of tile "
                             f"'{tile.key}' has {expected[0]} x {expected[1]}; they must agree")
+        strange = np.setdiff1d(read_greys(found[0]), config.data.greys)
+        if strange.size:
+            wanted = ", ".join(f"{grey} for {name}" for grey, name in zip(config.data.greys, config.data.classes,
+                                                                          strict=True))
+            raise UserError(f"{found[0]}: holds {', '.join(map(str, strange[:5]))}; label images must hold the greys "
+                            f"of the masks: {wanted}")
     name = Path(pattern).stem.replace("{key}", "").strip("-_#. ") or folder.resolve().name
     return Entry(name, config, folder, choose_device(config.device), runs.tiles_sha256(config), labels=labels)
 
@@ -128,6 +138,7 @@ class Questions:
     rows: list[int]  # of the tiles in the store
     store: np.ndarray  # (n, H, W, 4) uint8: red, green, blue and class
     tiles_sha256: str
+    doubts: list[str]  # why scores on these tiles may say too much
 
 
 def listed(config: Config, split: str) -> tuple[list[Tile], list[int]]:
@@ -156,12 +167,12 @@ def ask(entries: Sequence[Entry], split: str) -> Questions:
             raise UserError(f"{other.name} would be tested on {other.config.data.root}/{TILE_LIST} and {first.name} on "
                             f"{first.config.data.root}/{TILE_LIST}, which differ; only scores of the same tiles can "
                             "be compared: evaluate them one at a time, or give one data.root=FOLDER for all")
-    for entry in entries:
-        if entry.tiles_sha256 != asked:
-            warn(f"{first.config.data.root}/{TILE_LIST} is not the list that {entry.folder} was trained with: some of "
-                 "its test tiles may have been training tiles")
-    if split != "test":
-        warn(f"--split {split}: models have been trained on such tiles; only test tiles measure what they do on new "
-             "ones")
+    doubts = [f"{first.config.data.root}/{TILE_LIST} is not the list that {entry.folder} was trained with: some of its "
+              "test tiles may have been training tiles." for entry in entries if entry.tiles_sha256 != asked]
+    if split != "test" and any(entry.predictor for entry in entries):
+        doubts.append(f"Split {split}: the models were trained on these tiles. Only test tiles show what they do on "
+                      "new ones.")
+    for doubt in doubts:
+        warn(doubt)
     return Questions(first.config, split, [tiles[i] for i in rows], rows,
-                     open_store(Path(first.config.data.root), tiles, first.config.data.greys), asked)
+                     open_store(Path(first.config.data.root), tiles, first.config.data.greys), asked, doubts)

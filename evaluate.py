@@ -8,8 +8,8 @@
 
 Tiles are computed whole, in float32, mirrored up to the size that the network takes and cropped back. Scores, tables,
 pictures and a page to look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to
-runs/comparison. --images needs no masks: label images, overlays and the areas of the classes (prediction.py) go to
-RUN/predictions.
+runs/comparison-A-B-C. --images needs no masks: label images, overlays and the areas of the classes go to
+RUN/predictions (prediction.py).
 """
 
 import argparse
@@ -37,6 +37,7 @@ from parallel import cores
 
 PIXELS_AT_ONCE = 1024 * 1024  # a batch of four 512 x 512 tiles
 TOLERANCE = 3.0  # pixels
+MOST_PICTURES = 50  # rows of tiles.png
 
 
 def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) -> tuple[metrics.Tally, dict[str, Path]]:
@@ -93,7 +94,8 @@ def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
     kind = "-".join(name for name in (*others, args.split, "flips" * args.flips) if name not in ("best", "test", ""))
     first = entries[0].folder
     if len(entries) > 1:
-        folder = first.parent / "comparison"
+        names = "-".join(entry.name.rpartition("/")[2].replace(" ", "") for entry in entries)
+        folder = first.parent / f"comparison-{names}"[:120]
     elif entries[0].predictor:
         folder = first / ("predictions" if args.images else "evaluation")
     else:
@@ -102,10 +104,13 @@ def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
 
 
 def refuse_foreign(out: Path, read: Sequence[Path]) -> None:
-    """Only an earlier evaluation is ever replaced, and no folder that is being read."""
-    ours = any((out / name).is_file() for name in ("scores.json", "areas.csv"))
-    if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is no evaluation, so it is not replaced; choose another folder with --out")
+    """Only what an earlier evaluation wrote is ever replaced, and no folder that is being read."""
+    there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    kinds = ((evaluation_report.FILES, {"scores.json", "report.html"}), (prediction.FILES, {"areas.csv", "labels"}))
+    if there and not any(there >= always and there <= set(files) for files, always in kinds):
+        foreign = min((there - set(files) for files, _ in kinds), key=len) or there
+        raise UserError(f"{out} exists and is not what an evaluation wrote (it holds {min(foreign)}), so it is not "
+                        "replaced; choose another folder with --out")
     for folder in read:
         if folder.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{folder} lies in {out}, which this would replace; choose another folder with --out")
@@ -118,9 +123,11 @@ def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[s
     if args.predictions and not folders and not args.config:
         raise UserError("--predictions without a run needs --config: it says where the tiles lie and what greys mean")
     if not folders and not args.predictions:
-        raise UserError("no run given: name at least one run folder, e.g. runs/dice_ce")
-    if args.images and (len(folders) != 1 or args.predictions):
-        raise UserError("--images takes one run: python evaluate.py RUN --images FOLDER")
+        raise UserError("no run given: name at least one run folder, e.g. runs/dice_ce"
+                        + (", before --tiles: what follows it are keys" if args.tiles else ""))
+    if args.images and (len(folders) != 1 or args.predictions or args.tiles or args.split != "test"):
+        raise UserError("--images takes one run, and neither --predictions nor --tiles nor --split: "
+                        "python evaluate.py RUN --images FOLDER")
     if len(folders) > 1 and args.checkpoint not in ("best", "last"):
         raise UserError("--checkpoint PATH goes with one run; for several name the files in the place of the runs")
     entries = [trained(Path(folder), args.checkpoint, overrides, args.flips) for folder in folders]
@@ -154,16 +161,17 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="PX", help="of the surface Dice "
                         "(default: %(default)g)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN/evaluation, RUN/predictions, or for "
-                        "several runs comparison beside the first)")
+                        "several runs comparison-A-B-C beside the first)")
     parser.add_argument("--device", help="auto, cuda, cuda:N, mps or cpu (default: the run's)")
     args = parser.parse_intermixed_args()
     folders = [argument for argument in args.runs if "=" not in argument or Path(argument).exists()]
     overrides = [argument for argument in args.runs if argument not in folders]
     if args.device:
         overrides.append(f"device={args.device}")
-    if args.pictures < 1 or not args.tolerance >= 0:
-        raise UserError("--pictures must be at least 1 and --tolerance a number of pixels from 0; they are "
-                        f"{args.pictures} and {args.tolerance:g}")
+    if not 1 <= max(args.pictures, len(args.tiles)) <= MOST_PICTURES or args.pictures < 1:
+        raise UserError(f"--pictures and --tiles draw 1 to {MOST_PICTURES} tiles; report.html shows all of them")
+    if not args.tolerance >= 0:
+        raise UserError(f"--tolerance must be a number of pixels, 0 or more; it is {args.tolerance:g}")
     entries = plan(args, folders, overrides)
     out = destination(entries, args)
     refuse_foreign(out, [*(entry.folder for entry in entries if entry.labels), *([args.images] if args.images else [])])

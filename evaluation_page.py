@@ -57,7 +57,9 @@ def class_table(entry: dict, contents: dict) -> list[tuple[str, list[str]]]:
                 cells = [None] * (len(columns) - 1) + cells
             unit = 1 if "px" in label else 3
             rows.append((f"{label}{', mean over tiles' if kind else ''}", [_cell(cell, unit) for cell in cells]))
-    rows.append(("tiles behind the means", [*map(str, entry["tiles_behind_means"].values()), ""]))
+    rows += [(label, [*map(str, entry[name].values()), ""]) for name, label in (
+        ("tiles_behind_means", "tiles behind the means"), ("tiles_where_missed", "tiles where it is missed altogether"),
+        ("tiles_where_invented", "tiles where it is only predicted"))]
     return rows
 
 

@@ -28,7 +28,9 @@ from entries import Entry, Questions
 from files import write_text
 from metrics import Tally
 
-FEW_GROUPS = 10  # with fewer, intervals are known to be too narrow
+FILES = ("scores.json", "tiles.csv", "table.md", "table.csv", "losses.png", "tiles.png", "reliability.png",
+         "report.html", "predictions")
+FEW_GROUPS = 10  # with fewer, intervals are rough
 DIFFERING = 3  # tiles on which the entries differ most, in tiles.png
 
 
@@ -48,7 +50,9 @@ class Evaluation:
 
     @property
     def groups(self) -> int:
-        return len({tile.group for tile in self.questions.tiles} - {""})
+        """How many slides or patients the tiles come from, a tile without one being its own; 0 where none is known."""
+        tiles = self.questions.tiles
+        return len({tile.group or tile for tile in tiles}) if any(tile.group for tile in tiles) else 0
 
     def ranked(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers (N,) of the tiles from the lowest mean accuracy to the highest, and how far the entries differ."""
@@ -71,40 +75,43 @@ def results(evaluation: Evaluation) -> dict:
     """The contents of scores.json; a score that does not exist is null."""
     asked, classes = evaluation.questions, evaluation.classes
     weights = metrics.resampled_weights([tile.group for tile in asked.tiles])
+    units = evaluation.groups or len(asked.tiles)
     scores = [metrics.scores(tally, weights) for tally in evaluation.tallies]
+
+    def named(values: np.ndarray) -> dict:
+        """Value and interval of samples (R,), or of each class and their mean (R, K + 1)."""
+        if values.ndim == 2:
+            return {name: named(values[:, k]) for k, name in enumerate([*classes, "mean"])}
+        low, high = metrics.interval(values, units) or (math.nan, math.nan)
+        return {"value": _number(values[0]), "low": _number(low), "high": _number(high)}
+
     constant, dice = metrics.best_constant(evaluation.tallies[0].confusion.sum(0))
     rows = []
     for entry, tally, found in zip(evaluation.entries, evaluation.tallies, scores, strict=True):
-        has_class = ~np.isnan(metrics.dice(tally.confusion))                         # (N, K)
+        truth, predicted = tally.confusion.sum(2) > 0, tally.confusion.sum(1) > 0    # (N, K) both
         shared = [name for name in found if name in scores[0]]
         rows.append({
             "name": entry.name, "folder": str(entry.folder),
             "checkpoint": entry.checkpoint and entry.checkpoint.name, **entry.facts(),
-            "scores": {name: _named(values, classes) for name, values in found.items()},
+            "scores": {name: named(values) for name, values in found.items()},
             "difference_to_first": {} if entry is evaluation.entries[0] else
-            {name: _named(found[name] - scores[0][name], classes) for name in shared},
-            "tiles_behind_means": dict(zip(classes, has_class.sum(0).tolist(), strict=True)),
+            {name: named(found[name] - scores[0][name]) for name in shared},
+            **{what: dict(zip(classes, which.sum(0).tolist(), strict=True)) for what, which in
+               (("tiles_behind_means", truth | predicted), ("tiles_where_missed", truth & ~predicted),
+                ("tiles_where_invented", predicted & ~truth))},
             "confusion": tally.confusion.sum(0).tolist(),
             "reliability": None if tally.calibration is None else
             dict(zip(("pixels", "confidence", "right"), tally.calibration.sum(0).tolist(), strict=True)),
         })
     return {
         "data_root": asked.config.data.root, "tiles_sha256": asked.tiles_sha256, "split": asked.split,
-        "tiles": len(asked.tiles), "groups": evaluation.groups, "classes": list(classes),
+        "tiles": len(asked.tiles), "groups": evaluation.groups, "classes": list(classes), "doubts": asked.doubts,
         "surface_dice_tolerance_px": evaluation.tolerance,
         "intervals": f"95 %, bootstrap of {metrics.RESAMPLES} samples of {'groups' if evaluation.groups else 'tiles'}"
-        if len(weights) > 1 else "none: a single group cannot be resampled",
+        if len(weights) > 1 else f"none, since they need {metrics.FEWEST_GROUPS} groups",
         "best_constant": {"class": classes[constant], "dice_mean": _number(dice)},
         "entries": rows,
     }
-
-
-def _named(values: np.ndarray, classes: Sequence[str]) -> dict:
-    """Value and interval of samples (R,), or of each class and their mean (R, K + 1)."""
-    if values.ndim == 2:
-        return {name: _named(values[:, k], classes) for k, name in enumerate([*classes, "mean"])}
-    low, high = metrics.interval(values) or (math.nan, math.nan)
-    return {"value": _number(values[0]), "low": _number(low), "high": _number(high)}
 
 
 def _number(value: float) -> float | None:
@@ -141,20 +148,20 @@ def write_tile_scores(path: Path, evaluation: Evaluation) -> None:
 COLUMNS = {  # heading: where it stands in an entry of scores.json, format
     "run": (("name",), "{}"),
     "loss": (("loss",), "{}"),
-    "levels": (("levels",), "{}"),
-    "dropout": (("dropout",), "{:g}"),
-    "epochs": (("epochs",), "{}"),
-    "best epoch": (("best_epoch",), "{}"),
-    "s/epoch": (("seconds_per_epoch",), "{:.3g}"),
     "soft Dice": (("scores", "soft_dice", "value"), "{:.4f}"),
     "accuracy": (("scores", "pixel_accuracy", "value"), "{:.4f}"),
     "Dice": (("scores", "dice", "mean", "value"), "{:.4f}"),
     "Dice low": (("scores", "dice", "mean", "low"), "{:.4f}"),
     "Dice high": (("scores", "dice", "mean", "high"), "{:.4f}"),
-    "HD95 px": (("scores", "tile_hd95", "mean", "value"), "{:.1f}"),
     "Dice - first": (("difference_to_first", "dice", "mean", "value"), "{:+.4f}"),
     "difference low": (("difference_to_first", "dice", "mean", "low"), "{:+.4f}"),
     "difference high": (("difference_to_first", "dice", "mean", "high"), "{:+.4f}"),
+    "HD95 px": (("scores", "tile_hd95", "mean", "value"), "{:.1f}"),
+    "epochs": (("epochs",), "{}"),
+    "best epoch": (("best_epoch",), "{}"),
+    "s/epoch": (("seconds_per_epoch",), "{:.3g}"),
+    "levels": (("levels",), "{}"),
+    "dropout": (("dropout",), "{:g}"),
 }
 
 
@@ -188,16 +195,16 @@ def readable_rows(contents: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def about_tiles(contents: dict) -> list[str]:
-    """Of what and how many tiles the scores are, and how far the intervals can be trusted."""
+    """Of what and how many tiles the scores are, and how far they and their intervals can be trusted."""
     groups = contents["groups"]
     of = f" of {groups} group{'s' * (groups > 1)}" if groups else ""
-    lines = [f"{contents['tiles']} tiles{of} (split: {contents['split']}) of {contents['data_root']}. Intervals: "
-             f"{contents['intervals']}."]
+    lines = [*contents["doubts"], f"{contents['tiles']} tiles{of} (split: {contents['split']}) of "
+             f"{contents['data_root']}. Intervals: {contents['intervals']}."]
     if not groups:
         lines.append("Slides or patients are not known (data.group), so the intervals take every tile for independent "
                      "and are too narrow if tiles share a slide.")
-    elif 1 < groups < FEW_GROUPS:
-        lines.append(f"With {groups} groups the intervals are rough, and too narrow rather than too wide.")
+    elif metrics.FEWEST_GROUPS <= groups < FEW_GROUPS:
+        lines.append(f"With {groups} groups the intervals are rough.")
     return lines
 
 

@@ -25,6 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place if the block ends well, and vanishes if it does not."""
+    folder = folder.resolve()  # of a link, what it leads to
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     refusal = f"{folder} is being written by another process; wait for it or stop it first"
 

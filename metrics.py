@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 BINS = 15  # of confidence
 SURFACE_SCORES = ("hausdorff", "hd95", "surface_dice")
 RESAMPLES = 2000
+FEWEST_GROUPS = 5  # with fewer, no interval covers the truth as often as it says
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,16 @@ def scores(tally: Tally, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Every score over all tiles, for each row of weights (R, N): (R,), or (R, K + 1) with the classes' mean last.
 
     soft_dice and pixel_accuracy are means over tiles; dice, iou, precision, recall and ece are pooled over pixels;
-    tile_dice and so on are means over the tiles that have the class.
+    tile_dice and so on are means over the tiles that have the class. The mean over classes is always one over the
+    classes that the tiles as they are have: a sample of tiles that lacks one of them has no mean.
     """
     def mean_over_tiles(values: np.ndarray) -> np.ndarray:                           # (N, ...) to (R, ...)
         present = ~np.isnan(values)
         return _ratio(weights @ np.where(present, values, 0), weights @ present)
+
+    def mean_of_classes(values: np.ndarray) -> np.ndarray:                           # (R, K) to (R,)
+        there = ~np.isnan(values[0])
+        return values[:, there].mean(1) if there.any() else np.full(len(values), np.nan)
 
     def pooled(counts: np.ndarray) -> np.ndarray:                                    # (N, ...) to (R, ...)
         return (weights @ counts.reshape(len(counts), -1)).reshape(-1, *counts.shape[1:])
@@ -195,7 +202,7 @@ def scores(tally: Tally, weights: np.ndarray) -> dict[str, np.ndarray]:
     counts = pooled(tally.confusion)
     found |= {name: score(counts) for name, score in BY_CLASS.items()}
     found |= {f"tile_{name}": mean_over_tiles(by_tile[name]) for name in (*BY_CLASS, *SURFACE_SCORES)}
-    return {name: values if values.ndim == 1 else np.column_stack([values, mean_present(values)])
+    return {name: values if values.ndim == 1 else np.column_stack([values, mean_of_classes(values)])
             for name, values in found.items()}
 
 
@@ -203,23 +210,26 @@ def resampled_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
     """Weights (1 + RESAMPLES, N) of the tiles: first the tiles as they are, then bootstrap samples of whole groups.
 
     Tiles of one slide or patient resemble each other: they are drawn together or not at all ("" = the tile alone).
-    With fewer than two groups nothing can be resampled, and there is the first row only.
+    With fewer groups than `FEWEST_GROUPS` there is the first row only.
     """
     names = {name: i for i, name in enumerate(dict.fromkeys(group or i for i, group in enumerate(groups)))}
     member = [names[group or i] for i, group in enumerate(groups)]                   # (N,)
     drawn = np.ones((1, len(names)))
-    if len(names) > 1:
+    if len(names) >= FEWEST_GROUPS:
         random = np.random.default_rng(seed)
         drawn = np.vstack([drawn, random.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)])
     return drawn[:, member]
 
 
-def interval(values: np.ndarray) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a score whose (1 + R,) values belong to `resampled_weights`.
+def interval(values: np.ndarray, groups: int) -> tuple[float, float] | None:
+    """The 95 % interval of a score whose (1 + R,) values belong to `resampled_weights` of so many groups.
 
-    None where the score does not exist, or in more than one of twenty samples does not.
+    The percentile interval, expanded for few groups (Hesterberg 2015, section 4.6): its ends are those percentiles
+    that would make it Student's interval for a mean. None where the score does not exist, or in more than one of
+    twenty samples does not.
     """
     samples = values[1:][~np.isnan(values[1:])]
     if len(values) == 1 or np.isnan(values[0]) or len(samples) < 0.95 * (len(values) - 1):
         return None
-    return tuple(np.percentile(samples, [2.5, 97.5]).tolist())
+    end = ndtr(-math.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.975))
+    return tuple(np.quantile(samples, [end, 1 - end]).tolist())

@@ -21,6 +21,7 @@ from dataset import read_image
 from entries import Entry
 from files import replacing_folder
 
+FILES = ("labels", "overlays", "areas.csv", "legend.png")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PIXELS = 2**28  # 16,384 x 16,384: an image and its answer are held in memory
 OVERLAY = 4096  # pixels, the longer side of an overlay at most
@@ -36,10 +37,18 @@ def find_images(folder: Path) -> list[Path]:
     stem, count = Counter(path.stem for path in images).most_common(1)[0]
     if count > 1:
         raise UserError(f"{folder}: {count} images are called '{stem}', and their results would be too; rename one")
+    problems = []
     with Progress("check images", len(images), "image") as progress:
         for path in images:
-            read_image(path, MAX_PIXELS)
+            try:
+                read_image(path, MAX_PIXELS)
+            except UserError as error:
+                problems.append((path.name, error))
             progress.advance()
+    if problems:
+        others = ", ".join(name for name, _ in problems[1:6]) + ", …" * (len(problems) > 6)
+        raise UserError(f"{problems[0][1]}" + (f" ({len(problems)} of {len(images)} images cannot be used; the others "
+                                               f"are {others})" if others else ""))
     return images
 
 
@@ -51,16 +60,16 @@ def predict_folder(entry: Entry, images: Sequence[Path], out: Path) -> list[dict
         for name in ("labels", "overlays"):
             (partial / name).mkdir()
         for path in images:
-            image = read_image(path, MAX_PIXELS)
-            labels = entry.predictor.labels(torch.from_numpy(image.copy()).to(entry.device))
+            image = np.array(read_image(path, MAX_PIXELS))
+            labels = entry.predictor.labels(torch.from_numpy(image).to(entry.device))
             Image.fromarray(greys[labels]).save(partial / "labels" / f"{path.stem}.png")
             step = -(-max(labels.shape) // OVERLAY)
             small = np.asarray(Image.fromarray(image).reduce(step))
             overlay = figures.overlay(small, labels[::step, ::step], len(greys))
             Image.fromarray(overlay).save(partial / "overlays" / f"{path.stem}.jpg", quality=90)
-            pixels = np.bincount(labels.ravel(), minlength=len(greys))
+            pixels = [int((labels == k).sum()) for k in range(len(greys))]  # bincount would take 8 bytes a pixel
             rows.append({"image": path.name, "height": labels.shape[0], "width": labels.shape[1]}
-                        | {f"pixels_{name}": count for name, count in zip(data.classes, pixels.tolist(), strict=True)}
+                        | {f"pixels_{name}": count for name, count in zip(data.classes, pixels, strict=True)}
                         | {f"share_{name}": round(count / labels.size, 6)
                            for name, count in zip(data.classes, pixels, strict=True)})
             progress.advance()

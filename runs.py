@@ -198,6 +198,10 @@ def load_weights(model: UNet, checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path}: does not fit the network of its config, model.widths "
                         f"{list(checkpoint.config.model.widths)}: '{name}' is {theirs.get(name, 'missing')} in the "
                         f"file and {ours.get(name, 'not')} in the network")
+    for name, value in checkpoint.model.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{checkpoint.path}: '{name}' holds numbers that are not finite (NaN or infinity); take "
+                            "another checkpoint")
     model.load_state_dict(checkpoint.model)
 
 

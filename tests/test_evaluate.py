@@ -75,9 +75,12 @@ def rows_of(path):
 
 def another(trained, name, change):
     """A second run: a copy whose weights `change` has been at."""
-    folder = shutil.copytree(trained, trained.parent / name)
+    folder = shutil.copytree(trained, trained.parent / name, ignore=shutil.ignore_patterns("evaluation*"))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("name: tiny", f"name: {name}"))
     for path in (folder / "checkpoints").iterdir():
         contents = torch.load(path, weights_only=True)
+        contents["config"]["name"] = name
         change(contents["model"])
         torch.save(contents, path)
     return folder
@@ -130,11 +133,14 @@ def test_scores_equal_a_plain_computation_from_files(trained, tmp_path, command)
 
 
 def test_every_output_is_there_and_nothing_of_the_one_before(trained, command):
-    (trained / "evaluation").mkdir()
-    for name in ("scores.json", "old.txt"):
-        (trained / "evaluation" / name).touch()
+    command(trained)
+    (trained / "evaluation/predictions/old").mkdir()
     command(trained, "--pictures", 3)
     assert {path.name for path in (trained / "evaluation").iterdir()} == OUTPUTS
+    assert [path.name for path in (trained / "evaluation/predictions").iterdir()] == ["tiny"]
+    (trained / "evaluation/notes.txt").touch()
+    with pytest.raises(UserError, match=r"is not what an evaluation wrote .it holds notes.txt."):
+        command(trained)
     assert not list(trained.glob(".evaluation*"))
 
 
@@ -150,7 +156,7 @@ def test_an_evaluation_that_fails_leaves_the_one_before(trained, command, monkey
 def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_it_should(trained, command, tmp_path):
     same, tumour = another(trained, "same", lambda _: None), another(trained, "tumour", always(2))
     command(trained, same, tumour, "--split", "all")
-    out = tmp_path / "runs/comparison-all"
+    out = tmp_path / "runs/comparison-tiny-same-tumour-all"
     assert {path.name for path in out.iterdir()} == OUTPUTS
     ours, twin, other = scores_of(out)["entries"]
     assert (ours["name"], twin["name"], other["name"]) == ("tiny", "same", "tumour")
@@ -162,6 +168,7 @@ def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_
         assert difference["value"] == pytest.approx(other["scores"]["dice"][kind]["value"]
                                                     - ours["scores"]["dice"][kind]["value"], abs=2e-6)
         assert difference["low"] <= difference["value"] <= difference["high"]
+    assert other["tiles_where_missed"] == {"background": 12, "tissue": 12, "tumour": 0}
     assert other["scores"]["dice"]["background"]["value"] == 0 and other["scores"]["recall"]["tumour"]["value"] == 1
     assert np.sum(other["confusion"], axis=0)[:2].tolist() == [0, 0]
     assert len(rows_of(out / "tiles.csv")) == 3 * scores_of(out)["tiles"]
@@ -179,7 +186,7 @@ def test_paired_differences_are_surer_than_the_scores_themselves(trained, comman
     def nudged(weights):
         weights["head.bias"][2] += 1e-3
     command(trained, another(trained, "nudged", nudged), "--split", "all")
-    ours, other = scores_of(tmp_path / "runs/comparison-all")["entries"]
+    ours, other = scores_of(tmp_path / "runs/comparison-tiny-nudged-all")["entries"]
     score, change = ours["scores"]["pixel_accuracy"], other["difference_to_first"]["pixel_accuracy"]
     assert change["high"] - change["low"] < 0.2 * (score["high"] - score["low"])
 
@@ -198,14 +205,14 @@ def test_predictions_of_another_tool_are_scored_as_a_model_is(trained, command, 
                                                                                         "reliability.png",
                                                                                         "predictions"}
     command(trained, "--predictions", f"{tmp_path}/peer/{{key}}.png")
-    other = scores_of(tmp_path / "runs/comparison")["entries"][1]
+    other = scores_of(tmp_path / "runs/comparison-tiny-peer")["entries"][1]
     assert other["difference_to_first"]["dice"]["mean"]["value"] == 0
     assert "peer" in capsys.readouterr().out
 
 
 def test_perfect_predictions_are_perfect_and_found_by_the_masks_names(trained, command, tmp_path):
     command(trained, "--predictions", tmp_path / "tiles/masks")
-    truth = scores_of(tmp_path / "runs/comparison")["entries"][1]["scores"]
+    truth = scores_of(tmp_path / "runs/comparison-tiny-masks")["entries"][1]["scores"]
     assert truth["dice"]["mean"]["value"] == truth["tile_surface_dice"]["mean"]["value"] == 1
     assert truth["tile_hausdorff"]["mean"]["value"] == 0
 
@@ -213,7 +220,8 @@ def test_perfect_predictions_are_perfect_and_found_by_the_masks_names(trained, c
 @pytest.mark.parametrize(("change", "expected"), [
     (lambda folder, first: first.unlink(), "no label image for tile"),
     (lambda folder, first: Image.new("L", (7, 5)).save(first), "5 x 7 pixels"),
-    (lambda folder, first: Image.fromarray(np.full((48, 40), 3, np.uint8)).save(first), "grey 3 .1920 pixels"),
+    (lambda folder, first: Image.fromarray(np.full((48, 40), 3, np.uint8)).save(first),
+     "holds 3; label images must hold the greys of the masks: 26 for background"),
     (lambda folder, first: Image.new("L", (40, 48), 26).save(first.with_suffix(".tif")), "keep one"),
     (lambda folder, first: shutil.rmtree(folder), "no such folder of label images")])
 def test_bad_predictions(trained, command, tmp_path, change, expected):
@@ -258,6 +266,15 @@ def test_the_named_checkpoint_is_the_one_that_is_scored(trained, command):
     assert [entry["name"] for entry in scores_of(trained / "both")["entries"]] == ["tiny", "tiny (last)"]
 
 
+def test_a_link_is_followed_not_replaced(trained, command, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to("scratch")
+    for _ in range(2):
+        command(trained, "--out", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and {path.name for path in (tmp_path / "scratch").iterdir()} == OUTPUTS
+    assert not list(tmp_path.glob(".*old*"))
+
+
 def test_data_that_moved_are_found_where_the_resumed_run_found_them(trained, command, tmp_path):
     moved = (tmp_path / "tiles").rename(tmp_path / "moved")
     train.resume(trained, [f"data.root={moved}"])
@@ -270,6 +287,8 @@ def test_tiles_that_are_not_those_of_the_run_are_said(trained, command, tmp_path
         file.write("\n")
     command(trained)
     assert "may have been training tiles" in " ".join(capsys.readouterr().err.split())
+    for name in ("report.html", "table.md", "scores.json"):
+        assert "may have been training tiles" in (trained / "evaluation" / name).read_text()
 
 
 def test_the_tiles_of_the_picture(trained, command, monkeypatch):
@@ -295,6 +314,7 @@ def test_a_class_that_is_nowhere_has_no_score(trained, command, tmp_path):
     entry = contents["entries"][0]
     assert entry["scores"]["dice"]["tumour"] == {"value": None, "low": None, "high": None}
     assert entry["scores"]["dice"]["mean"]["value"] == 1 and entry["tiles_behind_means"]["tumour"] == 0
+    assert entry["tiles_where_missed"] == entry["tiles_where_invented"] == dict.fromkeys(contents["classes"], 0)
     assert entry["scores"]["soft_dice"]["value"] == pytest.approx(1 / 3, abs=1e-5)
     assert contents["best_constant"]["class"] == "tissue"
 
@@ -321,6 +341,8 @@ def test_runs_that_cannot_be_compared_are_refused_naming_both(trained, command, 
     (lambda c: c["config"]["model"].update(widths=[4, 8, 16]), r"trained with model.widths=\(4, 8, 16\), but the run's "
      r"config.yaml says \(4, 8\)"),
     (lambda c: c["config"]["data"].update(classes=["a", "b", "c"]), "data.classes=.*'a', 'b', 'c'.*says .*'tumour'"),
+    (lambda c: c["model"].update({"head.bias": torch.full((3,), torch.nan)}), "head.bias' holds numbers that are not"),
+    (lambda c: c["config"].update(name="other"), "trained with name=other, but the run's config.yaml says tiny"),
     (lambda c: c["model"].update({"head.bias": torch.zeros(5)}), r"head.bias' is \(5,\) in the file and \(3,\) in")])
 def test_a_checkpoint_of_another_architecture_is_refused_before_any_compute(trained, command, change, expected):
     path = trained / "checkpoints/best.pt"
@@ -348,8 +370,10 @@ def test_truncated_and_altered_checkpoints_are_refused(trained, command):
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["RUN", "model.widths=[4]"], "model.widths belongs to what was trained"),
     (["RUN", "--tiles", "nowhere"], "no such tile"),
-    (["RUN", "--pictures", "0"], "--pictures must be at least 1"),
-    (["RUN", "--tolerance", "nan"], "--tolerance a number of pixels"),
+    (["RUN", "--pictures", "0"], "--pictures and --tiles draw 1 to 50"),
+    (["RUN", "--pictures", "51"], "--pictures and --tiles draw 1 to 50"),
+    (["RUN", "--tolerance", "nan"], "--tolerance must be a number of pixels"),
+    (["--tiles", "0", "RUN"], "no run given.*before --tiles"),
     (["RUN", "--checkpoint", "none.pt"], "no such checkpoint"),
     (["RUN", "RUN"], "is named 2 times"),
     (["RUN", "--config", "x.yaml"], "--config goes with --predictions"),
@@ -357,15 +381,21 @@ def test_truncated_and_altered_checkpoints_are_refused(trained, command):
     (["RUN", "--images", "nowhere"], "no such folder"),
     (["RUN", "--images", "runs"], "no images found"),
     (["RUN", "RUN", "--images", "tiles/frames"], "--images takes one run"),
+    (["RUN", "--split", "all", "--images", "tiles/frames"], "--images takes one run"),
+    (["RUN", "--predictions", "tiles"], "no label images in it .* one of its folders frames, masks"),
     (["RUN", "RUN", "--checkpoint", "x.pt"], "goes with one run"),
-    (["RUN", "--out", "tiles"], "is no evaluation, so it is not replaced"),
-    (["RUN", "--out", "tiles/tiles.csv"], "is no evaluation, so it is not replaced"),
-    (["RUN", "--predictions", "runs/peer/in", "--out", "runs/peer"], "which this would replace"),
-    (["RUN", "--images", "runs/peer/in", "--out", "runs/peer"], "which this would replace"),
+    (["RUN", "--out", "tiles"], "is not what an evaluation wrote"),
+    (["RUN", "--out", "mine"], "is not what an evaluation wrote"),
+    (["RUN", "--out", "tiles/tiles.csv"], "is not what an evaluation wrote"),
+    (["RUN", "--predictions", "runs/peer/predictions", "--out", "runs/peer"], "which this would replace"),
+    (["RUN", "--images", "runs/peer/predictions", "--out", "runs/peer"], "which this would replace"),
     (["RUN", "--device", "tpu"], "cannot be used here")])
 def test_bad_arguments(trained, command, tmp_path, arguments, expected):
-    shutil.copytree(tmp_path / "tiles/masks", tmp_path / "runs/peer/in")
-    (tmp_path / "runs/peer/scores.json").touch()
+    shutil.copytree(tmp_path / "tiles/masks", tmp_path / "runs/peer/predictions")
+    for name in ("scores.json", "report.html"):
+        (tmp_path / "runs/peer" / name).touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/areas.csv").touch()
     with pytest.raises(UserError, match=expected):
         command(*(trained if argument == "RUN" else argument for argument in arguments))
     assert not (trained / "evaluation").exists() and (tmp_path / "tiles/tiles.csv").exists()
@@ -456,8 +486,9 @@ def test_a_broken_image_is_seen_before_anything_is_computed(trained, command, im
     with pytest.raises(UserError, match="2 images are called 'b'"):
         command(trained, "--images", images)
     (images / "b.png").unlink()
-    Image.new("L", (5, 5)).save(images / "grey.png")
-    with pytest.raises(UserError, match="must be 8-bit RGB"):
+    for name in ("grey", "grey2"):
+        Image.new("L", (5, 5)).save(images / f"{name}.png")
+    with pytest.raises(UserError, match="grey.png: .* must be 8-bit RGB.* .2 of 5 images cannot be used.*grey2.png"):
         command(trained, "--images", images)
 
 

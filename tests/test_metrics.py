@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.spatial.distance import cdist
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
@@ -258,13 +259,14 @@ def test_a_weight_of_two_is_the_tile_twice_and_zero_is_not_there():
 
 
 def test_groups_are_resampled_whole():
-    weights = metrics.resampled_weights(["a", "b", "a", "", "b", ""])
-    assert weights.shape == (1 + metrics.RESAMPLES, 6) and (weights[0] == 1).all()
+    groups = ["a", "b", "a", "", "b", "", "c"]
+    weights = metrics.resampled_weights(groups)
+    assert weights.shape == (1 + metrics.RESAMPLES, 7) and (weights[0] == 1).all()
     assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 1] == weights[:, 4]).all()
     assert (weights[:, 3] != weights[:, 5]).any()  # tiles without a group are drawn alone
-    assert (weights[:, [0, 1, 3, 5]].sum(1) == 4).all()
-    assert np.array_equal(weights, metrics.resampled_weights(["a", "b", "a", "", "b", ""]))
-    assert metrics.resampled_weights(["a", "a"]).tolist() == [[1, 1]]
+    assert (weights[:, [0, 1, 3, 5, 6]].sum(1) == 5).all()
+    assert np.array_equal(weights, metrics.resampled_weights(groups))
+    assert metrics.resampled_weights([*"aabbccdd"]).tolist() == [[1] * 8]  # four groups are too few
 
 
 def test_the_interval_covers_the_truth_about_95_times_in_100_and_ignoring_groups_does_not():
@@ -278,15 +280,48 @@ def test_the_interval_covers_the_truth_about_95_times_in_100_and_ignoring_groups
         tally = metrics.Tally(counts, np.full((240, 2, 3), np.nan))
         for grouped in covered:
             weights = metrics.resampled_weights([str(i // 10) if grouped else "" for i in range(240)])
-            low, high = metrics.interval(metrics.pixel_accuracy((weights @ tally.confusion.reshape(240, 4))
-                                                                .reshape(-1, 2, 2)))
+            low, high = metrics.interval(metrics.scores(tally, weights)["pixel_accuracy"], 24 if grouped else 240)
             covered[grouped] += low <= 0.6 <= high
     assert 0.88 <= covered[True] / 200 <= 0.98 and covered[False] / 200 < 0.7
 
 
+@pytest.mark.parametrize("groups", [5, 8, 15])
+def test_the_interval_of_few_groups_covers_the_truth_about_95_times_in_100(groups):
+    """The plain percentile interval of five groups does so 83 times."""
+    random, covered = np.random.default_rng(1), 0
+    for _ in range(400):
+        values = random.normal(size=groups)
+        drawn = random.multinomial(groups, np.full(groups, 1 / groups), metrics.RESAMPLES) / groups
+        low, high = metrics.interval(np.array([values.mean(), *(drawn @ values)]), groups)
+        covered += low <= 0 <= high
+    assert 0.89 <= covered / 400 <= 0.98
+
+
+def test_the_expanded_interval_is_students_for_a_mean():
+    """Of normal samples with the bootstrap's own spread around the mean, the ends are those of the t-interval."""
+    for groups in (6, 12, 50):
+        values = np.random.default_rng(groups).normal(size=groups)
+        spread = values.std() / math.sqrt(groups)  # the bootstrap divides by n, not n - 1
+        samples = values.mean() + spread * stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
+        expected = stats.t.interval(0.95, groups - 1, values.mean(), stats.sem(values))
+        assert metrics.interval(np.array([0, *samples]), groups) == pytest.approx(expected, abs=2e-3)
+
+
 def test_no_interval_where_a_score_does_not_exist():
-    assert metrics.interval(np.array([0.5])) is None
-    assert metrics.interval(np.full(101, np.nan)) is None
+    assert metrics.interval(np.array([0.5]), 9) is None
+    assert metrics.interval(np.full(101, np.nan), 9) is None
     values = np.linspace(0, 1, 101)
-    assert metrics.interval(np.array([0.5, *values])) == pytest.approx((0.025, 0.975))
-    assert metrics.interval(np.array([0.5, *values[:50], *[np.nan] * 50])) is None
+    assert metrics.interval(np.array([0.5, *values]), 10**6) == pytest.approx((0.025, 0.975), abs=1e-4)
+    assert metrics.interval(np.array([0.5, *values[:50], *[np.nan] * 50]), 10**6) is None
+
+
+def test_the_mean_over_classes_is_always_over_the_same_classes():
+    """One group of ten holds the third class: samples without it have no mean, and the mean no interval."""
+    counts = np.zeros((10, 3, 3))
+    counts[:, 0, 0], counts[:, 1, 1], counts[:, 0, 1] = 90, 50, 5
+    counts[0, 2, 2], counts[0, 2, 0] = 1, 30
+    weights = metrics.resampled_weights([""] * 10)
+    dice = metrics.scores(metrics.Tally(counts, np.full((10, 3, 3), np.nan)), weights)["dice"]
+    assert dice[0, 3] == pytest.approx(metrics.dice(counts.sum(0)).mean())
+    assert (np.isnan(dice[:, 3]) == (weights[:, 0] == 0)).all()
+    assert metrics.interval(dice[:, 3], 10) is None and metrics.interval(dice[:, 0], 10)
