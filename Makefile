@@ -22,7 +22,7 @@ help:
 	touch $@ .venv/installed
 
 data/demo/frames: | .venv/installed
-	$(PY) -m tools.make_demo_data data/demo --tiles 240 --seed 0
+	$(PY) -m tools.make_demo_data data/demo --tiles 240 --slides 40 --seed 0
 
 data/demo/tiles.csv: | data/demo/frames
 	$(PY) data_filter.py --config configs/demo.yaml
