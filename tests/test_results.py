@@ -25,7 +25,8 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_beats_the_best_constant_by_a_quarter(folder):
-    assert script("tools.make_demo_data", "data/demo", "--tiles", 240, "--slides", 40, "--seed", 0, cwd=folder).returncode == 0
+    made = script("tools.make_demo_data", "data/demo", "--tiles", 240, "--slides", 40, "--seed", 0, cwd=folder)
+    assert made.returncode == 0, made.stderr
     dice, constant = train_and_evaluate(folder, "demo")
     assert dice["mean"] > constant + 0.25 and min(dice.values()) > 0.5
 
