@@ -66,7 +66,7 @@ def predict_folder(entry: Entry, images: Sequence[Path], out: Path) -> list[dict
             step = -(-max(labels.shape) // OVERLAY)
             small = np.asarray(Image.fromarray(image).reduce(step))
             overlay = figures.overlay(small, labels[::step, ::step], len(greys))
-            Image.fromarray(overlay).save(partial / "overlays" / f"{path.stem}.jpg", quality=90)
+            Image.fromarray(overlay).save(partial / "overlays" / f"{path.stem}.jpg", quality=90, subsampling=0)
             pixels = [int((labels == k).sum()) for k in range(len(greys))]  # bincount would take 8 bytes a pixel
             rows.append({"image": path.name, "height": labels.shape[0], "width": labels.shape[1]}
                         | {f"pixels_{name}": count for name, count in zip(data.classes, pixels, strict=True)}

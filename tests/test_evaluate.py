@@ -171,7 +171,13 @@ def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_
     assert other["tiles_where_missed"] == {"background": 12, "tissue": 12, "tumour": 0}
     assert other["scores"]["dice"]["background"]["value"] == 0 and other["scores"]["recall"]["tumour"]["value"] == 1
     assert np.sum(other["confusion"], axis=0)[:2].tolist() == [0, 0]
-    assert len(rows_of(out / "tiles.csv")) == 3 * scores_of(out)["tiles"]
+    tiles = rows_of(out / "tiles.csv")
+    assert len(tiles) == 3 * scores_of(out)["tiles"]
+    weights = metrics.resampled_weights([row["group"] for row in tiles[24:]])
+    accuracy = weights @ [float(row["pixel_accuracy"]) for row in tiles[24:]] / weights.sum(1)
+    low, high = metrics.interval(accuracy, groups=6)
+    found = other["scores"]["pixel_accuracy"]
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=2e-6)
     assert {path.name for path in (out / "predictions").iterdir()} == {"tiny", "same", "tumour"}
     table = rows_of(out / "table.csv")
     assert [row["run"] for row in table] == ["tiny", "same", "tumour"]
@@ -439,18 +445,29 @@ def images(tmp_path):
     return folder
 
 
+def undecided(weights):
+    """Without a bias, classes vary from pixel to pixel."""
+    weights["head.bias"][:] = 0
+    weights["head.weight"] -= weights["head.weight"].mean(0)
+
+
 def test_images_without_masks(trained, command, images, capsys):
-    command(trained, "--images", images)
-    out = trained / "predictions"
+    model = another(trained, "undecided", undecided)
+    command(model, "--images", images)
+    out = model / "predictions"
     rows = rows_of(out / "areas.csv")
     assert [row["image"] for row in rows] == ["a.png", "b.jpg", "c & <d>.tif"]
-    entry = evaluate.trained(trained, "best", [], flips=False)
+    assert 0.1 < float(rows[0]["share_tumour"]) < 0.9
+    entry = evaluate.trained(model, "best", [], flips=False)
     for row, size in zip(rows, ((48, 40), (33, 70), (5, 9)), strict=True):
         pixels = np.array(Image.open(images / row["image"]))
         labels = entry.predictor.logits(torch.from_numpy(pixels)[None])[0].argmax(0).numpy()
         stem = row["image"].rpartition(".")[0]
         assert (np.asarray(Image.open(out / f"labels/{stem}.png")) == GREYS[labels]).all()
-        assert Image.open(out / f"overlays/{stem}.jpg").size == size[::-1]
+        overlay = np.asarray(Image.open(out / f"overlays/{stem}.jpg"), float)
+        expected = figures.overlay(pixels, labels, 3)
+        assert overlay.shape == pixels.shape
+        assert np.abs(overlay - expected).mean() < 0.8 * np.abs(overlay - pixels).mean()
         assert (int(row["height"]), int(row["width"])) == size
         areas = [int(row[f"pixels_{name}"]) for name in ("background", "tissue", "tumour")]
         assert areas == np.bincount(labels.ravel(), minlength=3).tolist()
