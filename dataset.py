@@ -128,7 +128,7 @@ def count_classes(path: Path, counts: np.ndarray, greys: Sequence[int]) -> np.nd
     """Pixels of each class (K,) from those of each grey (256,); a grey that is not in `greys` is an error."""
     unknown = np.setdiff1d(np.flatnonzero(counts), greys)
     if unknown.size:
-        found = ", ".join(f"{value} ({counts[value]} pixel{'s' * (counts[value] > 1)})" for value in unknown[:5])
+        found = ", ".join(f"{value} ({counts[value]} pixel{'s' if counts[value] > 1 else ''})" for value in unknown[:5])
         raise UserError(f"{path}: grey {found}{', …' if unknown.size > 5 else ''} is none of data.greys {list(greys)}; "
                         "mend the mask or set data.greys and data.classes")
     return counts[list(greys)]
