@@ -129,7 +129,7 @@ def spoil(root):
     for folder, mode in (("frames/frame", "RGB"), ("masks/mask", "L")):
         Image.new(mode, (60, 60), 51 if mode == "L" else "purple").save(root / f"{folder}#5.png")
     Image.new("L", (40, 48)).save(root / "frames/frame#6.png")
-    return {"1": "not a readable image", "2": "not a readable image", "3": "grey 99 (1 pixels)", "4": "47 x 40",
+    return {"1": "not a readable image", "2": "not a readable image", "3": "grey 99 (1 pixel)", "4": "47 x 40",
             "5": "60 x 60", "6": "must be 8-bit RGB"}
 
 
