@@ -6,6 +6,7 @@ Everything is embedded, pictures as data: addresses. The page's own rules (Conte
 import base64
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -21,6 +22,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 MOST_TILES = 500  # in the gallery
 MOST_BYTES = 18 * 2**20  # of all thumbnails
 SIDES = (320, 256, 192, 128, 96, 64)  # pixels, the longer side of a thumbnail: the largest that fits
+WITHOUT_CLASSES = ("soft_dice", "pixel_accuracy", "ece")
 LOWER_IS_BETTER = ("ece", "hausdorff", "hd95")
 LABELS = {"soft_dice": "soft Dice", "pixel_accuracy": "accuracy", "ece": "calibration error", "dice": "Dice",
           "iou": "IoU", "precision": "precision", "recall": "recall", "hausdorff": "Hausdorff distance, px",
@@ -36,7 +38,7 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
     html = environment.get_template("report.html").render(
         contents=contents, header=header, rows=rows,
         remarks=[*evaluation_report.about_tiles(contents), *evaluation_report.about_scores(contents)],
-        class_tables=[class_table(entry, contents) for entry in contents["entries"]],
+        class_tables=[class_table(entry, evaluation.classes) for entry in contents["entries"]],
         confusions=[confusion_table(entry) for entry in contents["entries"]],
         pictures={name: png_address((folder / f"{name}.png").read_bytes()) for name in ("losses", "reliability")
                   if (folder / f"{name}.png").exists()},
@@ -46,17 +48,15 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 
-def class_table(entry: dict, contents: dict) -> list[tuple[str, list[str]]]:
+def class_table(entry: dict, classes: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Rows (score, cells of each class and of their mean)."""
-    columns, rows = [*contents["classes"], "mean"], []
+    rows = []
     for name, values in entry["scores"].items():
-        if name in LABELS or name.removeprefix("tile_") in LABELS:
-            kind, label = name.startswith("tile_"), LABELS[name.removeprefix("tile_")]
-            cells = [values] if "value" in values else [values[column] for column in columns]
-            if "value" in values:
-                cells = [None] * (len(columns) - 1) + cells
-            unit = 1 if "px" in label else 3
-            rows.append((f"{label}{', mean over tiles' if kind else ''}", [_cell(cell, unit) for cell in cells]))
+        measure = name.removeprefix("tile_")
+        cells = ([None] * len(classes) + [values] if name in WITHOUT_CLASSES else
+                 [values[column] for column in (*classes, "mean")])
+        rows.append((LABELS[measure] + ", mean over tiles" * (name != measure),
+                     [_cell(cell, digits=1 if "px" in LABELS[measure] else 3) for cell in cells]))
     rows += [(label, [*map(str, entry[name].values()), ""]) for name, label in (
         ("tiles_behind_means", "tiles behind the means"), ("tiles_where_missed", "tiles where it is missed altogether"),
         ("tiles_where_invented", "tiles where it is only predicted"))]
@@ -104,7 +104,7 @@ def gallery(evaluation: Evaluation, places: list[int]) -> dict:
                         "lower": name.startswith(LOWER_IS_BETTER)} for name in names], "tiles": tiles}
 
 
-def _score_label(column: str, classes: tuple[str, ...]) -> str:
+def _score_label(column: str, classes: Sequence[str]) -> str:
     for name, label in LABELS.items():
         if column.startswith(f"{name}_"):
             rest = column.removeprefix(f"{name}_")

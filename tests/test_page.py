@@ -24,7 +24,7 @@ from dataset import TILE_LIST, Tile, read_tiles, write_tiles
 from evaluation_report import Evaluation
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'{{ 7*7 }}"
-CLASSES = ["background", "</script><i>tissue", "tumour"]
+CLASSES = ["value", "</script><i>tissue", "tumour"]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def layer(browser, key, stack="#cards"):
 
 
 @pytest.mark.parametrize("column", ["pixel_accuracy", "soft_dice", "ece", "dice_mean", "dice_tumour", "hd95_tumour",
-                                    "recall_background", "surface_dice_mean"])
+                                    "recall_value", "surface_dice_mean"])
 def test_sorting_by_any_score_of_either_model(opened, page, column):
     rows = rows_of(page)
     for entry in ("one", "two"):
