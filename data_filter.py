@@ -44,7 +44,7 @@ from dataset import (
     split_by_group,
     write_tiles,
 )
-from files import held
+from files import held, names, refuse_loss
 from filter_report import Filtered
 from parallel import Map, cores, spread
 
@@ -251,6 +251,7 @@ def main() -> None:
         raise UserError(f"--workers must be at least 1; it is {args.workers}")
     if root.is_dir() and not os.access(root, os.W_OK):
         raise UserError(f"{root}: cannot be written to, but {TILE_LIST} is to stand there; allow it or copy the tiles")
+    refuse_loss(folder)
     text = path.read_bytes() if path.exists() else b""
     before = review.read_before(path)
     result = filter_tiles(config, args.workers, before, partial(announce, config=config))
@@ -267,7 +268,7 @@ def main() -> None:
         write_tiles(path, result.tiles)
     print(*filter_report.copies(result), *changes, "", filter_report.verdicts(result, config.data.classes), sep="\n")
     warn_of(result, config)
-    print(f"\nwrote {path}, and {folder} to look at: {', '.join(sorted(file.name for file in folder.iterdir()))}\n"
+    print(f"\nwrote {path}, and {folder} to look at: {names(folder)}\n"
           f"next:  python train.py {shlex.join(['--config', args.config, *args.overrides])}")
 
 

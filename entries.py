@@ -30,11 +30,11 @@ class Entry:
 
     name: str
     config: Config
-    folder: Path  # of the run, or of the label images
+    source: Path  # the checkpoint, or the folder or pattern of label images
     device: torch.device
     tiles_sha256: str  # of the list of tiles it is asked about
     predictor: Predictor | None = None
-    checkpoint: Path | None = None
+    run: Path | None = None  # the folder of the trained model
     epoch: int | None = None  # of the checkpoint
     history: tuple[dict, ...] = ()  # the rows of metrics.csv
     labels: dict[str, Path] | None = None  # label image of each tile's key
@@ -80,8 +80,8 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> En
     torch.backends.cudnn.allow_tf32 = False  # on by default, and 10 bits of mantissa are not float32
     predictor = Predictor.of(model, lambda images: normalise(images, checkpoint.statistics), flips)
     name = (folder.resolve() if folder == path else folder).name or config.name
-    return Entry(name if file.name == "best.pt" else f"{name} ({file.stem})", config, folder, device,
-                 checkpoint.tiles_sha256, predictor, file, checkpoint.epoch, tuple(runs.read_metrics(folder)))
+    return Entry(name if file.name == "best.pt" else f"{name} ({file.stem})", config, file, device,
+                 checkpoint.tiles_sha256, predictor, folder, checkpoint.epoch, tuple(runs.read_metrics(folder)))
 
 
 def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
@@ -123,7 +123,7 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
             raise UserError(f"{found[0]}: holds {', '.join(map(str, strange[:5]))}; label images must hold the greys "
                             f"of the masks: {wanted}")
     name = Path(pattern).stem.replace("{key}", "").strip("-_#. ") or folder.resolve().name
-    return Entry(name, config, folder, choose_device(config.device), runs.tiles_sha256(config), labels=labels)
+    return Entry(name, config, Path(pattern), choose_device(config.device), runs.tiles_sha256(config), labels=labels)
 
 
 # ---------------------------------------------------------------------------------------------- what they are asked
@@ -163,11 +163,11 @@ def ask(entries: Sequence[Entry], split: str) -> Questions:
             if ours != theirs:
                 raise UserError(f"{other.name} has data.{name} {theirs}, {first.name} has {ours}; only entries of the "
                                 "same classes can be compared: evaluate them one at a time")
-        if runs.tiles_sha256(other.config) != asked:
-            raise UserError(f"{other.name} would be tested on {other.config.data.root}/{TILE_LIST} and {first.name} on "
-                            f"{first.config.data.root}/{TILE_LIST}, which differ; only scores of the same tiles can "
-                            "be compared: evaluate them one at a time, or give one data.root=FOLDER for all")
-    doubts = [f"{first.config.data.root}/{TILE_LIST} is not the list that {entry.folder} was trained with: some of its "
+        if Path(other.config.data.root).resolve() != Path(first.config.data.root).resolve():
+            raise UserError(f"{other.name} would be tested on the tiles of {other.config.data.root}, and {first.name} "
+                            f"on those of {first.config.data.root}; only scores of the same tiles can be compared: "
+                            "evaluate them one at a time, or give one data.root=FOLDER for all")
+    doubts = [f"{first.config.data.root}/{TILE_LIST} is not the list that {entry.name} was trained with: some of its "
               "test tiles may have been training tiles." for entry in entries if entry.tiles_sha256 != asked]
     if split != "test" and any(entry.predictor for entry in entries):
         doubts.append(f"Split {split}: the models were trained on these tiles. Only test tiles show what they do on "

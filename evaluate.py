@@ -9,10 +9,11 @@
 Tiles are computed whole, in float32, mirrored up to the size that the network takes and cropped back. Scores, tables,
 pictures and a page to look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to
 runs/comparison-A-B-C. --images needs no masks: label images, overlays and the areas of the classes go to
-RUN/predictions (prediction.py).
+RUN/predictions-FOLDER (prediction.py).
 """
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from config import load_config
 from console import Progress, UserError, run
 from entries import MAY_CHANGE, Entry, Questions, ask, given, listed, trained
 from evaluation_report import Evaluation
-from files import replacing_folder
+from files import names, refuse_loss, replacing_folder
 from losses import soft_dice
 from parallel import cores
 
@@ -76,8 +77,8 @@ def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, toleranc
              keys: Sequence[str] = (), pictures: int = 5) -> dict:
     """Score every entry, replace the folder `out`, return the contents of scores.json."""
     evaluation_report.refuse_unknown_keys(questions, keys)
-    with replacing_folder(out) as partial:
-        scored = [score(entry, questions, tolerance, partial / "predictions" / entry.name.replace("/", "_"))
+    with replacing_folder(out, [entry.source for entry in entries]) as partial:
+        scored = [score(entry, questions, tolerance, partial / "predictions" / in_file_names(entry.name))
                   for entry in entries]
         evaluation = Evaluation(questions, list(entries), [tally for tally, _ in scored],
                                 [paths for _, paths in scored], tolerance)
@@ -87,33 +88,22 @@ def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, toleranc
 
 
 def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
-    """--out, or a folder named after what is evaluated, so that no evaluation replaces one of another kind."""
-    if args.out:
-        return args.out
-    others = dict.fromkeys(entry.checkpoint.stem for entry in entries if entry.checkpoint)
-    kind = "-".join(name for name in (*others, args.split, "flips" * args.flips) if name not in ("best", "test", ""))
-    first = entries[0].folder
+    """The folder named after what is evaluated and how."""
+    kind = ["" if args.split == "test" else args.split, "flips" if args.flips else ""]
+    first, named = entries[0], [in_file_names(entry.name.rpartition("/")[2]) for entry in entries]
     if len(entries) > 1:
-        names = "-".join(entry.name.rpartition("/")[2].replace(" ", "") for entry in entries)
-        folder = first.parent / f"comparison-{names}"[:120]
-    elif entries[0].predictor:
-        folder = first / ("predictions" if args.images else "evaluation")
+        folder = (first.run or first.source).parent / f"comparison-{'-'.join(named)}"[:120]
+    elif first.predictor:
+        images = args.images and in_file_names(args.images.resolve().name)
+        folder = first.run / (f"predictions-{images}" if images else "evaluation")
+        kind.insert(0, "" if first.source.stem == "best" else first.source.stem)
     else:
-        folder = first.parent / f"{first.resolve().name}-evaluation"
-    return folder.with_name(f"{folder.name}-{kind}") if kind else folder
+        folder = first.source.parent / f"{named[0]}-evaluation"
+    return folder.with_name("-".join(filter(None, [folder.name, *kind])))
 
 
-def refuse_foreign(out: Path, read: Sequence[Path]) -> None:
-    """Only what an earlier evaluation wrote is ever replaced, and no folder that is being read."""
-    there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
-    kinds = ((evaluation_report.FILES, {"scores.json", "report.html"}), (prediction.FILES, {"areas.csv", "labels"}))
-    if there and not any(there >= always and there <= set(files) for files, always in kinds):
-        foreign = min((there - set(files) for files, _ in kinds), key=len) or there
-        raise UserError(f"{out} exists and is not what an evaluation wrote (it holds {min(foreign)}), so it is not "
-                        "replaced; choose another folder with --out")
-    for folder in read:
-        if folder.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{folder} lies in {out}, which this would replace; choose another folder with --out")
+def in_file_names(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-") or "_"
 
 
 def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
@@ -130,15 +120,18 @@ def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[s
                         "python evaluate.py RUN --images FOLDER")
     if len(folders) > 1 and args.checkpoint not in ("best", "last"):
         raise UserError("--checkpoint PATH goes with one run; for several name the files in the place of the runs")
+    files = [folder for folder in folders if Path(folder).suffix == ".pt"]
+    if files and args.checkpoint != "best":
+        raise UserError(f"--checkpoint {args.checkpoint} goes with run folders, and {files[0]} is a checkpoint already")
     entries = [trained(Path(folder), args.checkpoint, overrides, args.flips) for folder in folders]
     if args.predictions:
         config = entries[0].config if entries else load_config(args.config, overrides)
         tiles, rows = listed(config, args.split)
         entries += [given(pattern, config, [tiles[i] for i in rows]) for pattern in args.predictions]
-    counts = Counter(entry.name for entry in entries)
-    entries = [replace(entry, name=f"{entry.folder.parent}/{entry.name}") if counts[entry.name] > 1 else entry
-               for entry in entries]
-    name, count = Counter(entry.name for entry in entries).most_common(1)[0]
+    counts = Counter(in_file_names(entry.name) for entry in entries)
+    entries = [replace(entry, name=f"{(entry.run or entry.source).parent}/{entry.name}")
+               if counts[in_file_names(entry.name)] > 1 else entry for entry in entries]
+    name, count = Counter(in_file_names(entry.name) for entry in entries).most_common(1)[0]
     if count > 1:
         raise UserError(f"{name} is named {count} times; name every run and every folder of predictions once")
     return entries
@@ -160,8 +153,8 @@ def main() -> None:
                         "to the best (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="PX", help="of the surface Dice "
                         "(default: %(default)g)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN/evaluation, RUN/predictions, or for "
-                        "several runs comparison-A-B-C beside the first)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN/evaluation, "
+                        "RUN/predictions-FOLDER, or for several runs comparison-A-B-C beside the first)")
     parser.add_argument("--device", help="auto, cuda, cuda:N, mps or cpu (default: the run's)")
     args = parser.parse_intermixed_args()
     folders = [argument for argument in args.runs if "=" not in argument or Path(argument).exists()]
@@ -173,17 +166,19 @@ def main() -> None:
     if not args.tolerance >= 0:
         raise UserError(f"--tolerance must be a number of pixels, 0 or more; it is {args.tolerance:g}")
     entries = plan(args, folders, overrides)
-    out = destination(entries, args)
-    refuse_foreign(out, [*(entry.folder for entry in entries if entry.labels), *([args.images] if args.images else [])])
+    out = args.out or destination(entries, args)
+    sources = [*(entry.source for entry in entries), *filter(None, [args.images])]
+    reads = [*sources, *(path for entry in entries for path in (entry.labels or {}).values()),
+             Path(entries[0].config.data.root), *map(Path, filter(None, [args.config]))]
+    refuse_loss(out, reads, None if args.out else sources)
     if args.images:
         images = prediction.find_images(args.images)
-        rows = prediction.predict_folder(entries[0], images, out)
+        rows = prediction.predict_folder(entries[0], images, out, sources)
         print(prediction.summary(rows, entries[0].config.data.classes))
-        print(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-        return
-    contents = evaluate(entries, ask(entries, args.split), out, args.tolerance, args.tiles, args.pictures)
-    print(evaluation_report.summary(contents))
-    print(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    else:
+        contents = evaluate(entries, ask(entries, args.split), out, args.tolerance, args.tiles, args.pictures)
+        print(evaluation_report.summary(contents))
+    print(f"wrote {out}: {names(out)}")
 
 
 if __name__ == "__main__":

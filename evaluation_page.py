@@ -48,28 +48,33 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 
-def class_table(entry: dict, classes: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Rows (score, cells of each class and of their mean)."""
+def class_table(entry: dict, classes: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
+    """Rows (score, cells of each class and of their mean, the same of the differences to the first entry or none)."""
     rows = []
-    for name, values in entry["scores"].items():
+    for name in entry["scores"]:
         measure = name.removeprefix("tile_")
-        cells = ([None] * len(classes) + [values] if name in WITHOUT_CLASSES else
-                 [values[column] for column in (*classes, "mean")])
-        rows.append((LABELS[measure] + ", mean over tiles" * (name != measure),
-                     [_cell(cell, digits=1 if "px" in LABELS[measure] else 3) for cell in cells]))
-    rows += [(label, [*map(str, entry[name].values()), ""]) for name, label in (
+        cells, differences = (
+            [_cell(score, f"{sign}.{_digits(measure)}f") for score in
+             ([None] * len(classes) + [scores] if name in WITHOUT_CLASSES else
+              [scores[column] for column in (*classes, "mean")])] if scores else []
+            for sign, scores in (("", entry["scores"][name]), ("+", entry["difference_to_first"].get(name))))
+        rows.append((LABELS[measure] + ", mean over tiles" * (name != measure), cells, differences))
+    return rows + [(label, [*map(str, entry[name].values()), ""], []) for name, label in (
         ("tiles_behind_means", "tiles behind the means"), ("tiles_where_missed", "tiles where it is missed altogether"),
-        ("tiles_where_invented", "tiles where it is only predicted"))]
-    return rows
+        ("tiles_where_invented", "tiles where it is invented: predicted, not there"))]
 
 
-def _cell(score: dict | None, digits: int) -> str:
+def _digits(score: str) -> int:
+    return 1 if "px" in LABELS[score] else 3
+
+
+def _cell(score: dict | None, form: str) -> str:
     if score is None:
         return ""
     if score["value"] is None:
         return "–"
-    span = "" if score["low"] is None else f" ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
-    return f"{score['value']:.{digits}f}{span}"
+    return f"{score['value']:{form}}" + ("" if score["low"] is None else
+                                         f" ({score['low']:{form}} to {score['high']:{form}})")
 
 
 def confusion_table(entry: dict) -> list[list[tuple[int, float | None]]]:
@@ -99,18 +104,17 @@ def gallery(evaluation: Evaluation, places: list[int]) -> dict:
                           "scores": [[_json_number(columns[name][i]) if name in columns else None for name in names]
                                      for columns in scores]} | thumbnails(evaluation, i, side))
             progress.advance()
-    return {"entries": [entry.name for entry in evaluation.entries], "classes": list(evaluation.classes),
-            "scores": [{"name": name, "label": _score_label(name, evaluation.classes),
-                        "lower": name.startswith(LOWER_IS_BETTER)} for name in names], "tiles": tiles}
+    return {"entries": [entry.name for entry in evaluation.entries], "tiles": tiles,
+            "scale": min(1, side / max(evaluation.questions.store.shape[1:3])),
+            "scores": [_described(name) for name in names]}
 
 
-def _score_label(column: str, classes: Sequence[str]) -> str:
-    for name, label in LABELS.items():
-        if column.startswith(f"{name}_"):
-            rest = column.removeprefix(f"{name}_")
-            if rest == "mean" or rest in classes:
-                return f"{label}: {rest}"
-    return LABELS[column]
+def _described(column: str) -> dict:
+    """What the page must know of a column of tiles.csv: label, decimals, and whether lower is better."""
+    measure = next(name for name in LABELS if column == name or column.startswith(f"{name}_"))
+    of = column.removeprefix(measure).removeprefix("_")
+    return {"name": column, "label": LABELS[measure] + (of and f": {of}"), "digits": _digits(measure),
+            "lower": measure in LOWER_IS_BETTER}
 
 
 def _json_number(value: float) -> float | None:

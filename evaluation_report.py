@@ -28,8 +28,6 @@ from entries import Entry, Questions
 from files import write_text
 from metrics import Tally
 
-FILES = ("scores.json", "tiles.csv", "table.md", "table.csv", "losses.png", "tiles.png", "reliability.png",
-         "report.html", "predictions")
 FEW_GROUPS = 10  # with fewer, intervals are rough
 DIFFERING = 3  # tiles on which the entries differ most, in tiles.png
 
@@ -91,8 +89,7 @@ def results(evaluation: Evaluation) -> dict:
         truth, predicted = tally.confusion.sum(2) > 0, tally.confusion.sum(1) > 0    # (N, K) both
         shared = [name for name in found if name in scores[0]]
         rows.append({
-            "name": entry.name, "folder": str(entry.folder),
-            "checkpoint": entry.checkpoint and entry.checkpoint.name, **entry.facts(),
+            "name": entry.name, "source": str(entry.source), **entry.facts(),
             "scores": {name: named(values) for name, values in found.items()},
             "difference_to_first": {} if entry is evaluation.entries[0] else
             {name: named(found[name] - scores[0][name]) for name in shared},
@@ -208,12 +205,20 @@ def about_tiles(contents: dict) -> list[str]:
     return lines
 
 
+def about_distances(contents: dict) -> str:
+    """How much of HD95 is no distance."""
+    counts = ", ".join(f"{sum(entry['tiles_where_missed'].values())} and {sum(entry['tiles_where_invented'].values())} "
+                       f"times by {entry['name']}" for entry in contents["entries"])
+    return ("HD95 is the mean over tiles and classes; where a class of a tile is missed or invented it is the tile's "
+            f"diagonal: {counts}.")
+
+
 def about_scores(contents: dict) -> list[str]:
     """What the main scores mean."""
     constant = contents["best_constant"]
     lines = ["Dice, the hard Dice, is pooled over all pixels and averaged over classes; predicting "
              f"{constant['class']} everywhere has {constant['dice_mean']:.4f}.",
-             "HD95 is the mean over tiles and classes; a class that is missed or invented costs the tile's diagonal."]
+             about_distances(contents)]
     if any(entry.get("loss") for entry in contents["entries"]):
         lines.append("Soft Dice is the report's equation 9, in which a perfect prediction of a tile without one of "
                      "three classes has 0.667.")
@@ -238,7 +243,8 @@ def summary(contents: dict) -> str:
     constant = contents["best_constant"]
     rows.append([f"all {constant['class']}", "-", "-", f"{constant['dice_mean']:.3f}"])
     header += ["Dice - first", "95 % interval"] * several
-    return "\n".join([table(header, [row + [""] * (len(header) - len(row)) for row in rows]), *about_tiles(contents)])
+    return "\n".join([table(header, [row + [""] * (len(header) - len(row)) for row in rows]), *about_tiles(contents),
+                      about_distances(contents)])
 
 
 def _shown(score: dict | None, form: str = ".3f") -> str:

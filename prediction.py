@@ -21,7 +21,6 @@ from dataset import read_image
 from entries import Entry
 from files import replacing_folder
 
-FILES = ("labels", "overlays", "areas.csv", "legend.png")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PIXELS = 2**28  # 16,384 x 16,384: an image and its answer are held in memory
 OVERLAY = 4096  # pixels, the longer side of an overlay at most
@@ -52,11 +51,11 @@ def find_images(folder: Path) -> list[Path]:
     return images
 
 
-def predict_folder(entry: Entry, images: Sequence[Path], out: Path) -> list[dict]:
+def predict_folder(entry: Entry, images: Sequence[Path], out: Path, sources: Sequence[Path] = ()) -> list[dict]:
     """Predict every image, replace the folder `out`; returns the rows of areas.csv."""
     data, rows = entry.config.data, []
     greys = np.array(data.greys, np.uint8)
-    with replacing_folder(out) as partial, Progress("predict", len(images), "image") as progress:
+    with replacing_folder(out, sources) as partial, Progress("predict", len(images), "image") as progress:
         for name in ("labels", "overlays"):
             (partial / name).mkdir()
         for path in images:

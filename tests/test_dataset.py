@@ -1,6 +1,7 @@
 import csv
 import os
 from dataclasses import replace
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from dataset import (
     validation_crops,
     write_tiles,
 )
-from files import replacing, replacing_folder
+from files import names, refuse_loss, replacing, replacing_folder
 
 LAYOUT = "frames/frame#{key}.png", "masks/mask#{key}.png"
 
@@ -440,12 +441,59 @@ def test_a_folder_is_replaced_whole_or_left_whole(tmp_path):
     with pytest.raises(RuntimeError), replacing_folder(folder) as partial:
         (partial / "b").write_text("2")
         raise RuntimeError
-    assert [path.name for path in folder.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [folder]
-    folder.rename(tmp_path / ".report.old")  # what a process killed between the two renames leaves
-    (tmp_path / ".report.partial").mkdir()
+    assert names(folder) == "a" and list(tmp_path.iterdir()) == [folder]
+    folder.rename(tmp_path / ".report.being-replaced")  # what a process killed between the two renames leaves
+    (tmp_path / ".report.being-written/b").mkdir(parents=True)
     with pytest.raises(RuntimeError), replacing_folder(folder):
         raise RuntimeError
-    assert [path.name for path in folder.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [folder]
+    assert names(folder) == "a" and list(tmp_path.iterdir()) == [folder]
+    (tmp_path / ".report.being-written/b").mkdir(parents=True)
+    (tmp_path / ".report.old").mkdir()  # somebody's
+    with replacing_folder(folder) as partial:
+        (partial / "c").write_text("3")
+        with pytest.raises(UserError, match="report is being written by another process"), replacing_folder(folder):
+            pytest.fail("both write")
+        assert (partial / "c").exists()
+    assert names(folder) == "c" and {path.name for path in tmp_path.iterdir()} == {"report", ".report.old"}
+
+
+def test_only_what_was_written_is_replaced(tmp_path):
+    folder = tmp_path / "report"
+
+    def write():
+        with replacing_folder(folder, [tmp_path / "a"]) as partial:
+            (partial / "inner").mkdir()
+            (partial / "inner/x").touch()
+
+    write()
+    for leftover in (".DS_Store", "inner/Thumbs.db"):
+        (folder / leftover).touch()
+    (folder / "inner/x").write_text("changed")
+    write()
+    assert (folder / "inner/x").read_text() == "" and not (folder / ".DS_Store").exists()
+    for mine in ("notes.txt", "inner/notes.txt", ".hidden", "x"):
+        (folder / mine).touch()
+        with pytest.raises(UserError, match=rf"holds {mine}, which no earlier run wrote"):
+            write()
+        assert (folder / mine).exists()
+        (folder / mine).unlink()
+    (folder / "inner/link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="holds inner/link"):
+        write()
+    (folder / "inner/link").unlink()
+    with pytest.raises(UserError, match="inner lies in .*report, which this would replace"):
+        refuse_loss(folder, [folder / "inner"])
+    refuse_loss(folder, [tmp_path], [tmp_path / "a"])
+    with pytest.raises(UserError, match=r"holds results of .*/a; move it away"):
+        refuse_loss(folder, [], [tmp_path / "b"])
+    moved = copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-moved"))
+    refuse_loss(moved / "report", [], [moved / "a"])
+    (folder / ".written.json").write_text("[]")
+    with pytest.raises(UserError, match="holds .written.json and 1 more"):
+        write()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"), replacing_folder(tmp_path / "file"):
+        pytest.fail("replaces a file")
 
 
 def test_replacing_leaves_the_old_file_when_the_writer_fails(tmp_path):

@@ -21,6 +21,7 @@ import train
 from config import apply_overrides
 from console import UserError
 from dataset import normalise
+from files import names
 
 
 def test_class_colours_do_not_depend_on_which_classes_a_mask_has():
@@ -136,12 +137,27 @@ def test_every_output_is_there_and_nothing_of_the_one_before(trained, command):
     command(trained)
     (trained / "evaluation/predictions/old").mkdir()
     command(trained, "--pictures", 3)
-    assert {path.name for path in (trained / "evaluation").iterdir()} == OUTPUTS
+    assert set(names(trained / "evaluation").split(", ")) == OUTPUTS
     assert [path.name for path in (trained / "evaluation/predictions").iterdir()] == ["tiny"]
-    (trained / "evaluation/notes.txt").touch()
-    with pytest.raises(UserError, match=r"is not what an evaluation wrote .it holds notes.txt."):
+    (trained / "evaluation/predictions/tiny/mine.png").touch()
+    with pytest.raises(UserError, match=r"holds predictions/tiny/mine.png, which no earlier run wrote"):
         command(trained)
     assert not list(trained.glob(".evaluation*"))
+
+
+def test_results_of_one_thing_do_not_replace_those_of_another(trained, command, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(tmp_path / "tiles/masks", tmp_path / place / "labels")
+        shutil.copytree(tmp_path / "tiles/frames", tmp_path / place / "frames")
+        command(trained, *(["--predictions", tmp_path / "a/labels"] if place == "a" else ["--images", "a/frames"]))
+    assert names(trained.parent) == "comparison-tiny-labels, tiny" and "predictions-frames" in names(trained)
+    for option, folder in (("--predictions", "labels"), ("--images", "frames")):
+        with pytest.raises(UserError, match=f"holds results of .*a/{folder}; move it"):
+            command(trained, option, f"b/{folder}")
+        command(trained, option, f"b/{folder}", "--out", f"mine/{folder}")
+    command(trained, "--predictions", "a/labels", "--pictures", 1)  # the same again
+    command(trained, "--checkpoint", "last", "--predictions", "a/labels")
+    assert names(trained.parent / "comparison-tiny-last-labels/predictions") == "tiny-last"
 
 
 def test_an_evaluation_that_fails_leaves_the_one_before(trained, command, monkeypatch):
@@ -157,7 +173,7 @@ def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_
     same, tumour = another(trained, "same", lambda _: None), another(trained, "tumour", always(2))
     command(trained, same, tumour, "--split", "all")
     out = tmp_path / "runs/comparison-tiny-same-tumour-all"
-    assert {path.name for path in out.iterdir()} == OUTPUTS
+    assert set(names(out).split(", ")) == OUTPUTS
     ours, twin, other = scores_of(out)["entries"]
     assert (ours["name"], twin["name"], other["name"]) == ("tiny", "same", "tumour")
     assert ours["difference_to_first"] == {}
@@ -207,9 +223,8 @@ def test_predictions_of_another_tool_are_scored_as_a_model_is(trained, command, 
     peer = scores_of(tmp_path / "peer-evaluation")["entries"][0]
     assert peer["name"] == "peer" and {"soft_dice", "ece"} == model.keys() - peer["scores"].keys()
     assert all(peer["scores"][name] == model[name] for name in peer["scores"])
-    assert {path.name for path in (tmp_path / "peer-evaluation").iterdir()} == OUTPUTS - {"losses.png",
-                                                                                        "reliability.png",
-                                                                                        "predictions"}
+    made_without_model = OUTPUTS - {"losses.png", "reliability.png", "predictions"}
+    assert set(names(tmp_path / "peer-evaluation").split(", ")) == made_without_model
     command(trained, "--predictions", f"{tmp_path}/peer/{{key}}.png")
     other = scores_of(tmp_path / "runs/comparison-tiny-peer")["entries"][1]
     assert other["difference_to_first"]["dice"]["mean"]["value"] == 0
@@ -277,8 +292,8 @@ def test_a_link_is_followed_not_replaced(trained, command, tmp_path):
     (tmp_path / "link").symlink_to("scratch")
     for _ in range(2):
         command(trained, "--out", tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and {path.name for path in (tmp_path / "scratch").iterdir()} == OUTPUTS
-    assert not list(tmp_path.glob(".*old*"))
+    assert (tmp_path / "link").is_symlink() and set(names(tmp_path / "scratch").split(", ")) == OUTPUTS
+    assert not list(tmp_path.glob(".*being*"))
 
 
 def test_data_that_moved_are_found_where_the_resumed_run_found_them(trained, command, tmp_path):
@@ -327,12 +342,10 @@ def test_a_class_that_is_nowhere_has_no_score(trained, command, tmp_path):
 
 def test_runs_that_cannot_be_compared_are_refused_naming_both(trained, command, tmp_path):
     other = another(trained, "other", lambda _: None)
-    shutil.copytree(tmp_path / "tiles", tmp_path / "others")
-    text = (tmp_path / "others/tiles.csv").read_text()
-    (tmp_path / "others/tiles.csv").write_text(text + "\n")
+    shutil.copytree(tmp_path / "tiles", tmp_path / "others")  # the same list, and perhaps other images
     config = other / "config.yaml"
     config.write_text(config.read_text().replace(str(tmp_path / "tiles"), str(tmp_path / "others")))
-    with pytest.raises(UserError, match=r"others/tiles.csv and tiny on .*tiles/tiles.csv, which differ"):
+    with pytest.raises(UserError, match=r"other would be tested on the tiles of .*/others, and tiny on those .*/tiles"):
         command(trained, other)
     command(trained, other, f"data.root={tmp_path}/tiles")
     contents = torch.load(other / "checkpoints/best.pt", weights_only=True)
@@ -390,20 +403,28 @@ def test_truncated_and_altered_checkpoints_are_refused(trained, command):
     (["RUN", "--split", "all", "--images", "tiles/frames"], "--images takes one run"),
     (["RUN", "--predictions", "tiles"], "no label images in it .* one of its folders frames, masks"),
     (["RUN", "RUN", "--checkpoint", "x.pt"], "goes with one run"),
-    (["RUN", "--out", "tiles"], "is not what an evaluation wrote"),
-    (["RUN", "--out", "mine"], "is not what an evaluation wrote"),
-    (["RUN", "--out", "tiles/tiles.csv"], "is not what an evaluation wrote"),
+    (["RUN/checkpoints/last.pt", "--checkpoint", "last"], "last.pt is a checkpoint already"),
+    (["RUN", "--out", "tiles"], "tiles lies in tiles, which this would replace"),
+    (["RUN", "--out", "slides"], "slides would be replaced, but holds a.svs and 1 more, which no earlier run wrote"),
+    (["RUN", "--out", "runs"], "which this would replace"),
+    (["RUN", "--out", "mine"], "mine would be replaced, but holds areas.csv, which no earlier run wrote"),
+    (["RUN", "--out", "tiles/tiles.csv"], "is a file"),
     (["RUN", "--predictions", "runs/peer/predictions", "--out", "runs/peer"], "which this would replace"),
+    (["RUN", "--predictions", "runs/peer/predictions/mask#{key}.png", "--out", "runs/peer"], "which this would repl"),
+    (["--predictions", "tiles/masks", "--config", "mine/x.yaml", "--out", "mine"], "which this would replace"),
     (["RUN", "--images", "runs/peer/predictions", "--out", "runs/peer"], "which this would replace"),
     (["RUN", "--device", "tpu"], "cannot be used here")])
 def test_bad_arguments(trained, command, tmp_path, arguments, expected):
     shutil.copytree(tmp_path / "tiles/masks", tmp_path / "runs/peer/predictions")
-    for name in ("scores.json", "report.html"):
-        (tmp_path / "runs/peer" / name).touch()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/areas.csv").touch()
+    (tmp_path / "slides").mkdir()
+    for name in ("a.svs", "b.svs", ".DS_Store"):
+        (tmp_path / "slides" / name).touch()
+    if "mine/x.yaml" in arguments:
+        shutil.copy(trained / "config.yaml", tmp_path / "mine/x.yaml")
     with pytest.raises(UserError, match=expected):
-        command(*(trained if argument == "RUN" else argument for argument in arguments))
+        command(*(argument.replace("RUN", str(trained)) for argument in arguments))
     assert not (trained / "evaluation").exists() and (tmp_path / "tiles/tiles.csv").exists()
 
 
@@ -454,7 +475,7 @@ def undecided(weights):
 def test_images_without_masks(trained, command, images, capsys):
     model = another(trained, "undecided", undecided)
     command(model, "--images", images)
-    out = model / "predictions"
+    out = model / f"predictions-{images.name}"
     rows = rows_of(out / "areas.csv")
     assert [row["image"] for row in rows] == ["a.png", "b.jpg", "c & <d>.tif"]
     assert 0.1 < float(rows[0]["share_tumour"]) < 0.9
@@ -472,7 +493,7 @@ def test_images_without_masks(trained, command, images, capsys):
         areas = [int(row[f"pixels_{name}"]) for name in ("background", "tissue", "tumour")]
         assert areas == np.bincount(labels.ravel(), minlength=3).tolist()
         assert float(row["share_tumour"]) == pytest.approx(areas[2] / sum(areas), abs=1e-6)
-    assert {path.name for path in out.iterdir()} == {"labels", "overlays", "areas.csv", "legend.png"}
+    assert names(out) == "areas.csv, labels, legend.png, overlays"
     assert "3 images" in capsys.readouterr().out
 
 
@@ -487,9 +508,9 @@ def test_an_image_larger_than_a_window_has_the_answer_of_the_whole(trained, imag
 def test_overlays_of_large_images_are_smaller(trained, command, images, monkeypatch):
     monkeypatch.setattr(prediction, "OVERLAY", 30)
     command(trained, "--images", images)
-    sizes = {path.stem: Image.open(path).size for path in (trained / "predictions/overlays").iterdir()}
+    sizes = {path.stem: Image.open(path).size for path in (trained / f"predictions-{images.name}/overlays").iterdir()}
     assert sizes == {"a": (20, 24), "b": (24, 11), "c & <d>": (9, 5)}
-    assert Image.open(trained / "predictions/labels/a.png").size == (40, 48)
+    assert Image.open(trained / f"predictions-{images.name}/labels/a.png").size == (40, 48)
 
 
 def test_a_broken_image_is_seen_before_anything_is_computed(trained, command, images, monkeypatch):

@@ -152,8 +152,8 @@ def test_views_show_what_they_say(opened, page, how):
         if how == "key":
             press(opened, str(number))
         else:
-            find(opened, f"#views button[data-view={name}]").click()
-        pressed = opened.find_elements("css selector", "#views button[aria-pressed=true]")
+            find(opened, f".bar button[data-view={name}]").click()
+        pressed = opened.find_elements("css selector", ".bar button[data-view][aria-pressed=true]")
         assert [button.get_attribute("data-view") for button in pressed] == [name]
 
     for entry, name in enumerate(("one", "two")):
@@ -243,6 +243,39 @@ def test_the_page_fits_a_laptop_and_a_phone(opened, width):
         assert find(opened, "#large").rect["width"] <= width
     finally:
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_keys_work_while_a_list_has_the_focus(opened):
+    choose(opened, "#sort", "dice_mean")
+    find(opened, "#sort").send_keys("4m")
+    assert find(opened, "#cards").get_attribute("data-view") == "errors"
+    assert [find(opened, name).get_attribute("value") for name in ("#entry", "#sort")] == ["1", "dice_mean"]
+
+
+def test_every_score_of_a_large_tile_can_be_reached_on_a_phone(opened):
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                           {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    try:
+        opened.execute_script("document.querySelector('.card').click()")
+        last = "[...document.querySelectorAll('#large-scores tr')].at(-1).lastChild"
+        opened.execute_script(f"{last}.scrollIntoView()")
+        left, right, top, bottom = opened.execute_script(
+            f"const box = {last}.getBoundingClientRect(); return [box.left, box.right, box.top, box.bottom]")
+        assert 0 <= left < right <= 390 and 0 <= top < bottom <= 800
+        assert find(opened, "#large .legend").text.split("\n")[-1].endswith("wrong class")
+    finally:
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_class_tables_have_differences_to_the_first_model(opened, page):
+    first, second = opened.find_elements("css selector", "#classes ~ details")
+    opened.execute_script("arguments[0].open = true", second)
+    change = json.loads((page / "scores.json").read_text())["entries"][1]["difference_to_first"]["recall"]["tumour"]
+    row = next(row for row in second.find_elements("css selector", "tr") if row.text.startswith("recall\n")
+               or row.text.startswith("recall "))
+    expected = f"{change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+    assert row.find_elements("css selector", "td")[2].text.split("\n")[1] == expected
+    assert "difference" in second.text and "difference" not in first.text
 
 
 def test_pictures_and_tables_are_there(opened, page):

@@ -42,7 +42,7 @@ def test_from_tiles_to_scores(demo):
     assert "wrote runs/demo/evaluation" in evaluated.stdout
     segmented = script("evaluate.py", "runs/demo", "--images", "data/demo/frames", cwd=demo)
     assert segmented.returncode == 0, segmented.stderr
-    assert len(list((demo / "runs/demo/predictions/labels").iterdir())) == 24
+    assert len(list((demo / "runs/demo/predictions-frames/labels").iterdir())) == 24
     resumed = script("train.py", "--resume", "runs/demo", "train.epochs=3", cwd=demo)
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch 3/3" in resumed.stdout and "epoch 2/3" not in resumed.stdout
