@@ -155,6 +155,7 @@ def test_results_of_one_thing_do_not_replace_those_of_another(trained, command, 
         with pytest.raises(UserError, match=f"holds results of .*a/{folder}; move it"):
             command(trained, option, f"b/{folder}")
         command(trained, option, f"b/{folder}", "--out", f"mine/{folder}")
+        command(trained, option, f"a/{folder}", "--out", f"mine/{folder}")  # said in so many words
     command(trained, "--predictions", "a/labels", "--pictures", 1)  # the same again
     command(trained, "--checkpoint", "last", "--predictions", "a/labels")
     assert names(trained.parent / "comparison-tiny-last-labels/predictions") == "tiny-last"

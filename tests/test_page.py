@@ -270,11 +270,12 @@ def test_every_score_of_a_large_tile_can_be_reached_on_a_phone(opened):
 def test_class_tables_have_differences_to_the_first_model(opened, page):
     first, second = opened.find_elements("css selector", "#classes ~ details")
     opened.execute_script("arguments[0].open = true", second)
-    change = json.loads((page / "scores.json").read_text())["entries"][1]["difference_to_first"]["recall"]["tumour"]
-    row = next(row for row in second.find_elements("css selector", "tr") if row.text.startswith("recall\n")
-               or row.text.startswith("recall "))
-    expected = f"{change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
-    assert row.find_elements("css selector", "td")[2].text.split("\n")[1] == expected
+    differences = json.loads((page / "scores.json").read_text())["entries"][1]["difference_to_first"]
+    for label, name, form in (("recall", "recall", "+.3f"), ("HD95 px, mean over tiles", "tile_hd95", "+.1f")):
+        row = next(row for row in second.find_elements("css selector", "tr")
+                   if [cell.text for cell in row.find_elements("css selector", "th")] == [label])
+        value, low, high = (format(differences[name]["tumour"][of], form) for of in ("value", "low", "high"))
+        assert row.find_elements("css selector", "td")[2].text.split("\n")[1] == f"{value} ({low} to {high})"
     assert "difference" in second.text and "difference" not in first.text
 
 
