@@ -39,7 +39,8 @@ def spread(workers: int) -> Iterator[Map]:
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt)
     with _for_workers():
-        pool.submit(int)  # starts them all
+        for _ in range(workers):
+            pool.submit(int)  # each starts a worker, as long as none is ready yet
 
     def over(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         return chain.from_iterable(_in_order(pool, function, items, workers))

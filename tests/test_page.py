@@ -271,7 +271,7 @@ def test_class_tables_have_differences_to_the_first_model(opened, page):
     first, second = opened.find_elements("css selector", "#classes ~ details")
     opened.execute_script("arguments[0].open = true", second)
     differences = json.loads((page / "scores.json").read_text())["entries"][1]["difference_to_first"]
-    for label, name, form in (("recall", "recall", "+.3f"), ("HD95 px, mean over tiles", "tile_hd95", "+.1f")):
+    for label, name, form in (("recall", "recall", "+.3f"), ("HD95, px, mean over tiles", "tile_hd95", "+.1f")):
         row = next(row for row in second.find_elements("css selector", "tr")
                    if [cell.text for cell in row.find_elements("css selector", "th")] == [label])
         value, low, high = (format(differences[name]["tumour"][of], form) for of in ("value", "low", "high"))

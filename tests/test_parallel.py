@@ -43,6 +43,19 @@ def test_a_worker_that_dies_is_an_error_of_one_line():
         list(over(die, range(4)))
 
 
+def who(_):
+    time.sleep(0.05)  # so that one worker cannot answer for all
+    return os.getpid(), os.environ.get("OMP_NUM_THREADS")
+
+
+def test_every_worker_has_one_thread_and_this_process_its_own(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with spread(3) as over:
+        assert "OMP_NUM_THREADS" not in os.environ
+        found = dict(over(who, range(60)))
+    assert len(found) == 3 and set(found.values()) == {"1"}
+
+
 def test_there_is_a_core():
     assert 1 <= cores() <= os.cpu_count()
 
