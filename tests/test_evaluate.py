@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 
@@ -170,7 +171,8 @@ def test_an_evaluation_that_fails_leaves_the_one_before(trained, command, monkey
     assert (trained / "evaluation/scores.json").stat().st_mtime_ns == before and not list(trained.glob(".evaluation*"))
 
 
-def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_it_should(trained, command, tmp_path):
+def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_it_should(trained, command, tmp_path,
+                                                                                          capsys):
     same, tumour = another(trained, "same", lambda _: None), another(trained, "tumour", always(2))
     command(trained, same, tumour, "--split", "all")
     out = tmp_path / "runs/comparison-tiny-same-tumour-all"
@@ -186,6 +188,7 @@ def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_
                                                     - ours["scores"]["dice"][kind]["value"], abs=2e-6)
         assert difference["low"] <= difference["value"] <= difference["high"]
     assert other["tiles_where_missed"] == {"background": 12, "tissue": 12, "tumour": 0}
+    assert re.search(r"diagonal: .*, 24 and \d+ times by tumour\.\n", capsys.readouterr().out)
     assert other["scores"]["dice"]["background"]["value"] == 0 and other["scores"]["recall"]["tumour"]["value"] == 1
     assert np.sum(other["confusion"], axis=0)[:2].tolist() == [0, 0]
     tiles = rows_of(out / "tiles.csv")

@@ -322,3 +322,11 @@ def test_thumbnails_keep_the_shape_and_small_tiles_their_size(monkeypatch):
     evaluation.questions.store = np.zeros((2, 50, 200, 4), np.uint8)
     address = evaluation_page.thumbnails(evaluation, 0, 100)["predictions"][0]
     assert Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).size == (100, 25)
+
+
+@pytest.mark.parametrize(("size", "scale"), [(40, 1), (640, 0.5)])
+def test_the_gallery_knows_how_small_its_pictures_are(monkeypatch, size, scale):
+    monkeypatch.setattr(Evaluation, "predicted", lambda self, entry, i: self.tile(i)[1])
+    found = evaluation_page.gallery(evaluation_of(1, size), [0])
+    _, _, picture = found["tiles"][0]["truth"].partition(",")
+    assert found["scale"] == scale and Image.open(io.BytesIO(base64.b64decode(picture))).width == size * scale
