@@ -39,6 +39,13 @@ class Entry:
     history: tuple[dict, ...] = ()  # the rows of metrics.csv
     labels: dict[str, Path] | None = None  # label image of each tile's key
 
+    @property
+    def beside(self) -> Path:
+        """The folder in which the run or the folder of label images stands."""
+        parts = (self.run or self.source).parts
+        fixed = next((i for i, part in enumerate(parts) if "{key}" in part), len(parts) - 1)
+        return Path(*parts[:fixed])
+
     def answer(self, images: Tensor, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor | None]:
         """Classes (B, H, W) int64 and, of a model, logits (B, K, H, W) for images (B, H, W, 3) uint8."""
         if self.predictor:
@@ -61,11 +68,17 @@ class Entry:
 
 def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> Entry:
     """The model of a run folder, or of a checkpoint file; `which` is best, last or the path of a checkpoint."""
+    def run_of(file: Path) -> Path:
+        return file.parent.parent if file.parent.name == "checkpoints" else file.parent
+
     if path.suffix == ".pt":
-        file, folder = path, path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        file, folder = path, run_of(path)
     else:
         file = path / "checkpoints" / f"{which}.pt" if which in ("best", "last") else Path(which)
         folder = path
+        other = run_of(file.resolve())
+        if other != folder.resolve() and (other / "config.yaml").exists():
+            raise UserError(f"{file} is a checkpoint of another run than {folder}: python evaluate.py {file}")
     checkpoint = runs.load_checkpoint(file)
     settings = folder / "config.yaml"  # knows where the data lies, should they have moved since the checkpoint
     current = load_config(settings) if settings.exists() else checkpoint.config
@@ -80,7 +93,8 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> En
     torch.backends.cudnn.allow_tf32 = False  # on by default, and 10 bits of mantissa are not float32
     predictor = Predictor.of(model, lambda images: normalise(images, checkpoint.statistics), flips)
     name = (folder.resolve() if folder == path else folder).name or config.name
-    return Entry(name if file.name == "best.pt" else f"{name} ({file.stem})", config, file, device,
+    is_best = file.name == "best.pt" and run_of(file.resolve()) == folder.resolve()
+    return Entry(name if is_best else f"{name} ({file.stem})", config, file, device,
                  checkpoint.tiles_sha256, predictor, folder, checkpoint.epoch, tuple(runs.read_metrics(folder)))
 
 
@@ -122,7 +136,8 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
                                                                           strict=True))
             raise UserError(f"{found[0]}: holds {', '.join(map(str, strange[:5]))}; label images must hold the greys "
                             f"of the masks: {wanted}")
-    name = Path(pattern).stem.replace("{key}", "").strip("-_#. ") or folder.resolve().name
+    name = Path(pattern).stem.replace("{key}", "") if "{key}" in pattern else Path(pattern).name
+    name = name.strip("-_#. ") or folder.resolve().name
     return Entry(name, config, Path(pattern), choose_device(config.device), runs.tiles_sha256(config), labels=labels)
 
 

@@ -13,8 +13,8 @@ RUN/predictions-FOLDER (prediction.py).
 """
 
 import argparse
+import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -77,7 +77,7 @@ def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, toleranc
              keys: Sequence[str] = (), pictures: int = 5) -> dict:
     """Score every entry, replace the folder `out`, return the contents of scores.json."""
     evaluation_report.refuse_unknown_keys(questions, keys)
-    with replacing_folder(out, [entry.source for entry in entries]) as partial:
+    with replacing_folder(out, sources_of(entries)) as partial:
         scored = [score(entry, questions, tolerance, partial / "predictions" / in_file_names(entry.name))
                   for entry in entries]
         evaluation = Evaluation(questions, list(entries), [tally for tally, _ in scored],
@@ -87,18 +87,23 @@ def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, toleranc
     return contents
 
 
+def sources_of(entries: Sequence[Entry]) -> list[Path]:
+    """What an evaluation is made of: results of the same may be replaced by it."""
+    return [*(entry.source for entry in entries), Path(entries[0].config.data.root)]
+
+
 def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
     """The folder named after what is evaluated and how."""
     kind = ["" if args.split == "test" else args.split, "flips" if args.flips else ""]
     first, named = entries[0], [in_file_names(entry.name.rpartition("/")[2]) for entry in entries]
     if len(entries) > 1:
-        folder = (first.run or first.source).parent / f"comparison-{'-'.join(named)}"[:120]
+        folder = first.beside / f"comparison-{'-'.join(named)}"[:120]
     elif first.predictor:
         images = args.images and in_file_names(args.images.resolve().name)
         folder = first.run / (f"predictions-{images}" if images else "evaluation")
         kind.insert(0, "" if first.source.stem == "best" else first.source.stem)
     else:
-        folder = first.source.parent / f"{named[0]}-evaluation"
+        folder = first.beside / f"{named[0]}-evaluation"
     return folder.with_name("-".join(filter(None, [folder.name, *kind])))
 
 
@@ -118,6 +123,8 @@ def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[s
     if args.images and (len(folders) != 1 or args.predictions or args.tiles or args.split != "test"):
         raise UserError("--images takes one run, and neither --predictions nor --tiles nor --split: "
                         "python evaluate.py RUN --images FOLDER")
+    if not folders and (args.flips or args.checkpoint != "best"):
+        raise UserError("--flips and --checkpoint go with a run: label images of another tool are scored as they are")
     if len(folders) > 1 and args.checkpoint not in ("best", "last"):
         raise UserError("--checkpoint PATH goes with one run; for several name the files in the place of the runs")
     files = [folder for folder in folders if Path(folder).suffix == ".pt"]
@@ -128,12 +135,14 @@ def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[s
         config = entries[0].config if entries else load_config(args.config, overrides)
         tiles, rows = listed(config, args.split)
         entries += [given(pattern, config, [tiles[i] for i in rows]) for pattern in args.predictions]
-    counts = Counter(in_file_names(entry.name) for entry in entries)
-    entries = [replace(entry, name=f"{(entry.run or entry.source).parent}/{entry.name}")
-               if counts[in_file_names(entry.name)] > 1 else entry for entry in entries]
-    name, count = Counter(in_file_names(entry.name) for entry in entries).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{name} is named {count} times; name every run and every folder of predictions once")
+    def namesakes(entry: Entry) -> list[Entry]:
+        return [other for other in entries if in_file_names(other.name) == in_file_names(entry.name)]
+
+    entries = [replace(entry, name=f"{entry.beside}/{entry.name}") if len(namesakes(entry)) > 1 else entry
+               for entry in entries]
+    for same in filter(lambda same: len(same) > 1, map(namesakes, entries)):
+        raise UserError(f"{' and '.join(str(entry.source) for entry in same)} would have the same name, "
+                        f"{same[0].name}; name every run and every folder of predictions once, under different names")
     return entries
 
 
@@ -150,7 +159,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="predict images that have no masks")
     parser.add_argument("--tiles", nargs="+", default=[], metavar="KEY", help="the tiles of tiles.png")
     parser.add_argument("--pictures", type=int, default=5, metavar="N", help="without --tiles: so many, from the worst "
-                        "to the best (default: %(default)s)")
+                        "to the best, and of several runs the three on which they differ most (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="PX", help="of the surface Dice "
                         "(default: %(default)g)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN/evaluation, "
@@ -163,11 +172,11 @@ def main() -> None:
         overrides.append(f"device={args.device}")
     if not 1 <= max(args.pictures, len(args.tiles)) <= MOST_PICTURES or args.pictures < 1:
         raise UserError(f"--pictures and --tiles draw 1 to {MOST_PICTURES} tiles; report.html shows all of them")
-    if not args.tolerance >= 0:
+    if not 0 <= args.tolerance < math.inf:
         raise UserError(f"--tolerance must be a number of pixels, 0 or more; it is {args.tolerance:g}")
     entries = plan(args, folders, overrides)
     out = args.out or destination(entries, args)
-    sources = [*(entry.source for entry in entries), *filter(None, [args.images])]
+    sources = [entries[0].source, args.images] if args.images else sources_of(entries)
     reads = [*sources, *(path for entry in entries for path in (entry.labels or {}).values()),
              Path(entries[0].config.data.root), *map(Path, filter(None, [args.config]))]
     refuse_loss(out, reads, None if args.out else sources)

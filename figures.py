@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -18,6 +19,8 @@ from matplotlib.ticker import ScalarFormatter
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from files import replacing
+
+matplotlib.rcParams["text.parse_math"] = False  # keys, runs and classes may hold a $
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; the first is the background
 PALETTE = ("#f2f2f2", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#0072b2", "#cc79a7", "#000000")
@@ -198,17 +201,18 @@ def compared_losses(histories: dict[str, Sequence[dict]]) -> Figure:
     figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
     titles = {"train": "training: EMA (thin: raw)", "val": "survivor's validation: EMA (thin: raw, star: best.pt)"}
     for axis, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        lines = []
         for number, (name, history) in enumerate(histories.items()):
             epochs, colour = [row["epoch"] for row in history], ENTRIES[number % len(ENTRIES)]
             axis.plot(epochs, [row[f"{kind}_loss"] for row in history], color=colour, alpha=0.3, linewidth=1)
-            axis.plot(epochs, [row[f"{kind}_ema"] for row in history], color=colour, linewidth=2, label=name)
+            lines += axis.plot(epochs, [row[f"{kind}_ema"] for row in history], color=colour, linewidth=2, label=name)
             if kind == "val":
                 best = min(history, key=lambda row: row["val_loss"])
                 axis.plot(best["epoch"], best["val_loss"], "*", color=colour, markeredgecolor="black", markersize=10)
         axis.set(xlabel="epoch", ylabel="loss", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
+        axis.legend(handles=lines, fontsize=8)  # given, since a name that begins with _ is not found
     return figure
 
 
@@ -216,16 +220,16 @@ def reliability(bins: dict[str, np.ndarray]) -> Figure:
     """For each name's counts (3, BINS) of metrics.calibration: accuracy by confidence, and how often each occurs."""
     figure = Figure(figsize=(5.5, 6), dpi=110, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
+    lines = above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
     for number, (name, (pixels, confidence, right)) in enumerate(bins.items()):
         colour, some = ENTRIES[number % len(ENTRIES)], pixels > 0
         error = np.abs(right - confidence).sum() / pixels.sum()
-        above.plot(confidence[some] / pixels[some], right[some] / pixels[some], "o-", color=colour, markersize=4,
-                   label=f"{name}: error {error:.3f}")
+        lines += above.plot(confidence[some] / pixels[some], right[some] / pixels[some], "o-", color=colour,
+                            markersize=4, label=f"{name}: error {error:.3f}")
         below.stairs(pixels / pixels.sum(), np.linspace(0, 1, len(pixels) + 1), color=colour, linewidth=1.5)
     above.set(ylabel="share of pixels that are right", ylim=(0, 1), xlim=(0, 1), title="Reliability")
     below.set(xlabel="confidence (softmax of the predicted class)", ylabel="share of pixels")
-    above.legend(fontsize=8, loc="upper left")
+    above.legend(handles=lines, fontsize=8, loc="upper left")
     for axis in (above, below):
         axis.grid(alpha=0.25)
     return figure

@@ -14,6 +14,7 @@ numbers and strings only. Files appear whole or not at all, whenever the process
 import csv
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -38,6 +39,7 @@ from unet import UNet
 
 FORMAT = "crc-unet checkpoint 1"
 KEYS = {"format", "model", "optimizer", "scheduler", "history", "config", "statistics", "tiles_sha256"}
+NEEDED_METRICS = {"epoch", "survivor", "seconds", "train_loss", "train_ema", "val_loss", "val_ema"}
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "matplotlib", "pyyaml", "tqdm")
 
 
@@ -175,8 +177,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= KEYS:
         raise UserError(f"{path}: not a checkpoint of this repository (expected format '{FORMAT}')")
     values = {key: value for key, value in contents.items() if key in KEYS - {"format"}}
-    values["config"] = from_dict(values["config"], str(path))
-    values["statistics"] = Statistics(**values["statistics"])
+    try:
+        values["config"] = from_dict(dict(values["config"]), str(path))
+        values["statistics"] = Statistics(**values["statistics"])
+        lengths = {"mean": 3, "std": 3, "frequencies": len(values["config"].data.classes)}
+        for name, numbers in asdict(values["statistics"]).items():
+            fits = len(numbers) == lengths[name] and all(map(math.isfinite, numbers))
+            if not fits or (name == "std" and 0 in numbers):
+                raise ValueError(f"its {name} is {numbers}")
+        values["history"] = [dict(row) for row in values["history"]]
+        if not all(map(torch.is_tensor, values["model"].values())):
+            raise TypeError("its weights are no tensors")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this repository ({error}); restore the file") from None
     return Checkpoint(path=path, **values)
 
 
@@ -220,6 +233,10 @@ def read_metrics(folder: Path) -> list[dict]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        for row in rows:
+            missing = NEEDED_METRICS - row.keys()
+            if missing:
+                raise ValueError(f"no column {min(missing)}")
         return [row | {name: int(row[name]) for name in ("epoch", "survivor")} for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the metrics of a run ({error}); restore the file or remove it") from None

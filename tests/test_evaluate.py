@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -48,6 +49,24 @@ def test_the_overlay_leaves_the_background_alone():
     assert ((mixed != image).any(-1) == (labels > 0)).all()
     expected = 0.6 * image[3, 3] + 0.4 * figures.class_colours(3)[2]
     assert np.abs(mixed[3, 3] - expected).max() <= 1
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    names = ("_a$x_$ {b}", "\\frac$ $")
+    history = [{"epoch": 1, "train_loss": 1.0, "train_ema": 1.0, "val_loss": 1.0, "val_ema": 1.0}]
+    answers = [("Dice 1", np.zeros((9, 9), np.uint8))] * 2
+    row = ("key$_$", "$why_$", np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), np.uint8), answers)
+    with_errors = [f"{name}: error 0.000" for name in names]
+    drawn = {"losses": (figures.compared_losses(dict.fromkeys(names, history)), names),
+             "reliability": (figures.reliability(dict.fromkeys(names, np.ones((3, 15)))), with_errors),
+             "tiles": (figures.tiles([row], names, names), names)}
+    for name, (figure, expected) in drawn.items():
+        with warnings.catch_warnings(action="error"):
+            figures.save(figure, tmp_path / f"{name}.png")
+        legends = [*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))]
+        for legend in legends:
+            assert [text.get_text() for text in legend.get_texts()][-2:] == list(expected), name
+        assert legends
 
 
 @pytest.fixture
@@ -153,13 +172,38 @@ def test_results_of_one_thing_do_not_replace_those_of_another(trained, command, 
         command(trained, *(["--predictions", tmp_path / "a/labels"] if place == "a" else ["--images", "a/frames"]))
     assert names(trained.parent) == "comparison-tiny-labels, tiny" and "predictions-frames" in names(trained)
     for option, folder in (("--predictions", "labels"), ("--images", "frames")):
-        with pytest.raises(UserError, match=f"holds results of .*a/{folder}; move it"):
+        with pytest.raises(UserError, match=f"holds results of .*a/{folder}.*; move it"):
             command(trained, option, f"b/{folder}")
         command(trained, option, f"b/{folder}", "--out", f"mine/{folder}")
         command(trained, option, f"a/{folder}", "--out", f"mine/{folder}")  # said in so many words
     command(trained, "--predictions", "a/labels", "--pictures", 1)  # the same again
+    shutil.copytree(tmp_path / "tiles", tmp_path / "others")
+    with pytest.raises(UserError, match="holds results of .*tiles; move it"):
+        command(trained, "--predictions", "a/labels", "data.root=others")
     command(trained, "--checkpoint", "last", "--predictions", "a/labels")
     assert names(trained.parent / "comparison-tiny-last-labels/predictions") == "tiny-last"
+
+
+def test_folders_and_patterns_of_any_name(trained, command, tmp_path):
+    for name in ("lab.v1", "lab.v2"):
+        shutil.copytree(tmp_path / "tiles/masks", tmp_path / name)
+    config = trained / "config.yaml"
+    command("--predictions", "lab.v1", "--predictions", "lab.v2", "--config", config)
+    entries = scores_of(tmp_path / "comparison-lab.v1-lab.v2")["entries"]
+    assert [entry["name"] for entry in entries] == ["lab.v1", "lab.v2"]
+    for path in (tmp_path / "tiles/masks").iterdir():
+        (tmp_path / "nest" / path.stem.removeprefix("mask#")).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "nest" / path.stem.removeprefix("mask#") / "seg.png")
+    command("--predictions", "nest/{key}/seg.png", "--config", config)
+    assert scores_of(tmp_path / "nest/seg-evaluation")["entries"][0]["name"] == "seg"
+    assert not (tmp_path / "nest/{key}").exists()
+
+
+def test_a_damaged_history_is_refused_before_any_compute(trained, command):
+    path = trained / "metrics.csv"
+    path.write_text(path.read_text().replace("val_loss,", "vloss,", 1))
+    with pytest.raises(UserError, match="metrics.csv: not the metrics of a run .no column val_loss"):
+        command(trained)
 
 
 def test_an_evaluation_that_fails_leaves_the_one_before(trained, command, monkeypatch):
@@ -366,6 +410,14 @@ def test_runs_that_cannot_be_compared_are_refused_naming_both(trained, command, 
     (lambda c: c["config"]["data"].update(classes=["a", "b", "c"]), "data.classes=.*'a', 'b', 'c'.*says .*'tumour'"),
     (lambda c: c["model"].update({"head.bias": torch.full((3,), torch.nan)}), "head.bias' holds numbers that are not"),
     (lambda c: c["config"].update(name="other"), "trained with name=other, but the run's config.yaml says tiny"),
+    (lambda c: c["statistics"].update(mean=[0.5]), r"not a checkpoint of this repository \(its mean is \[0.5\]\)"),
+    (lambda c: c["statistics"].update(std=[0.1, 0.0, 0.1]), "its std is"),
+    (lambda c: c["statistics"].update(frequencies=[0.5, 0.5, float("nan")]), "its frequencies is"),
+    (lambda c: c["statistics"].pop("std"), "not a checkpoint of this repository .*std"),
+    (lambda c: c.update(statistics=None, config=None), "not a checkpoint of this repository"),
+    (lambda c: c.update(history=None), "not a checkpoint of this repository"),
+    (lambda c: c.update(model=[1]), "not a checkpoint of this repository"),
+    (lambda c: c.update(model={"head.bias": 1}), "its weights are no tensors"),
     (lambda c: c["model"].update({"head.bias": torch.zeros(5)}), r"head.bias' is \(5,\) in the file and \(3,\) in")])
 def test_a_checkpoint_of_another_architecture_is_refused_before_any_compute(trained, command, change, expected):
     path = trained / "checkpoints/best.pt"
@@ -398,7 +450,11 @@ def test_truncated_and_altered_checkpoints_are_refused(trained, command):
     (["RUN", "--tolerance", "nan"], "--tolerance must be a number of pixels"),
     (["--tiles", "0", "RUN"], "no run given.*before --tiles"),
     (["RUN", "--checkpoint", "none.pt"], "no such checkpoint"),
-    (["RUN", "RUN"], "is named 2 times"),
+    (["RUN", "RUN"], "runs/tiny/.*best.pt and .*best.pt would have the same name, .*runs/tiny"),
+    (["RUN", "--tolerance", "inf"], "--tolerance must be a number of pixels"),
+    (["RUN", "--checkpoint", "runs/else/checkpoints/best.pt"], "is a checkpoint of another run than"),
+    (["--predictions", "tiles/masks", "--config", "mine/x.yaml", "--flips"], "--flips and --checkpoint go with a run"),
+    (["--predictions", "tiles/masks", "--config", "mine/x.yaml", "--checkpoint", "last"], "go with a run"),
     (["RUN", "--config", "x.yaml"], "--config goes with --predictions"),
     (["--predictions", "tiles/masks"], "needs --config"),
     (["RUN", "--images", "nowhere"], "no such folder"),
@@ -421,6 +477,7 @@ def test_truncated_and_altered_checkpoints_are_refused(trained, command):
 def test_bad_arguments(trained, command, tmp_path, arguments, expected):
     shutil.copytree(tmp_path / "tiles/masks", tmp_path / "runs/peer/predictions")
     (tmp_path / "mine").mkdir()
+    shutil.copytree(trained, tmp_path / "runs/else")
     (tmp_path / "mine/areas.csv").touch()
     (tmp_path / "slides").mkdir()
     for name in ("a.svs", "b.svs", ".DS_Store"):
