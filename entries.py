@@ -34,6 +34,7 @@ class Entry:
     device: torch.device
     tiles_sha256: str  # of the list of tiles it is asked about
     predictor: Predictor | None = None
+    flips: bool = False  # the predictor averages over the symmetries
     run: Path | None = None  # the folder of the trained model
     epoch: int | None = None  # of the checkpoint
     history: tuple[dict, ...] = ()  # the rows of metrics.csv
@@ -63,7 +64,7 @@ class Entry:
         return {"loss": self.config.loss.name, "levels": len(self.config.model.widths),
                 "dropout": self.config.model.dropout, "epochs": len(self.history) or None,
                 "best_epoch": best and best["epoch"], "seconds_per_epoch": median(seconds) if seconds else None,
-                "tested_epoch": self.epoch}
+                "tested_epoch": self.epoch, "flips": self.flips}
 
 
 def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> Entry:
@@ -94,8 +95,9 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> En
     predictor = Predictor.of(model, lambda images: normalise(images, checkpoint.statistics), flips)
     name = (folder.resolve() if folder == path else folder).name or config.name
     is_best = file.name == "best.pt" and run_of(file.resolve()) == folder.resolve()
-    return Entry(name if is_best else f"{name} ({file.stem})", config, file, device,
-                 checkpoint.tiles_sha256, predictor, folder, checkpoint.epoch, tuple(runs.read_metrics(folder)))
+    history = runs.read_metrics(folder) if run_of(file.resolve()) == folder.resolve() else ()
+    return Entry(name if is_best else f"{name} ({file.stem})", config, file, device, checkpoint.tiles_sha256, predictor,
+                 flips, folder, checkpoint.epoch, tuple(history or checkpoint.history))
 
 
 def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
@@ -112,7 +114,7 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
             by_stem.setdefault(path.stem, []).append(path)
     labels, root = {}, Path(config.data.root)
     if "{key}" not in pattern and not by_stem:
-        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:5])
+        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")[:5])
         raise UserError(f"{folder}: no label images in it ({', '.join(LABEL_SUFFIXES)})"
                         + (f"; did you mean one of its folders {inside}?" if inside else ""))
     for tile in tiles:
@@ -184,9 +186,9 @@ def ask(entries: Sequence[Entry], split: str) -> Questions:
                             "evaluate them one at a time, or give one data.root=FOLDER for all")
     doubts = [f"{first.config.data.root}/{TILE_LIST} is not the list that {entry.name} was trained with: some of its "
               "test tiles may have been training tiles." for entry in entries if entry.tiles_sha256 != asked]
-    if split != "test" and any(entry.predictor for entry in entries):
-        doubts.append(f"Split {split}: the models were trained on these tiles. Only test tiles show what they do on "
-                      "new ones.")
+    if split != "test" and any(entry.predictor and entry.tiles_sha256 == asked for entry in entries):
+        doubts.append(f"Split {split}: models were trained on tiles of it. Only test tiles show what they do on new "
+                      "ones.")
     for doubt in doubts:
         warn(doubt)
     return Questions(first.config, split, [tiles[i] for i in rows], rows,

@@ -6,7 +6,7 @@
     python evaluate.py --predictions other_tool/labels --config configs/dice_ce.yaml
     python evaluate.py runs/dice_ce --images FOLDER
 
-Tiles are computed whole, in float32, mirrored up to the size that the network takes and cropped back. Scores, tables,
+Tiles are computed in float32, mirrored up to the size that the network takes and cropped back. Scores, tables,
 pictures and a page to look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to
 runs/comparison-A-B-C. --images needs no masks: label images, overlays and the areas of the classes go to
 RUN/predictions-FOLDER (prediction.py).
@@ -38,6 +38,7 @@ from parallel import cores
 
 PIXELS_AT_ONCE = 1024 * 1024  # a batch of four 512 x 512 tiles
 TOLERANCE = 3.0  # pixels
+PICTURES = 5
 MOST_PICTURES = 50  # rows of tiles.png
 
 
@@ -74,7 +75,7 @@ def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) ->
 
 
 def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, tolerance: float = TOLERANCE,
-             keys: Sequence[str] = (), pictures: int = 5) -> dict:
+             keys: Sequence[str] = (), pictures: int = PICTURES) -> dict:
     """Score every entry, replace the folder `out`, return the contents of scores.json."""
     evaluation_report.refuse_unknown_keys(questions, keys)
     with replacing_folder(out, sources_of(entries)) as partial:
@@ -101,14 +102,15 @@ def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
     elif first.predictor:
         images = args.images and in_file_names(args.images.resolve().name)
         folder = first.run / (f"predictions-{images}" if images else "evaluation")
-        kind.insert(0, "" if first.source.stem == "best" else first.source.stem)
+        is_best = first.source.resolve() == (first.run / "checkpoints/best.pt").resolve()
+        kind.insert(0, "" if is_best else first.source.stem)
     else:
         folder = first.beside / f"{named[0]}-evaluation"
     return folder.with_name("-".join(filter(None, [folder.name, *kind])))
 
 
 def in_file_names(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-") or "_"
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "_"
 
 
 def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
@@ -120,8 +122,9 @@ def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[s
     if not folders and not args.predictions:
         raise UserError("no run given: name at least one run folder, e.g. runs/dice_ce"
                         + (", before --tiles: what follows it are keys" if args.tiles else ""))
-    if args.images and (len(folders) != 1 or args.predictions or args.tiles or args.split != "test"):
-        raise UserError("--images takes one run, and neither --predictions nor --tiles nor --split: "
+    if args.images and (len(folders) != 1 or args.predictions or args.tiles or args.split != "test"
+                        or (args.tolerance, args.pictures) != (TOLERANCE, PICTURES)):
+        raise UserError("--images takes one run, and none of --predictions, --tiles, --split, --pictures, --tolerance: "
                         "python evaluate.py RUN --images FOLDER")
     if not folders and (args.flips or args.checkpoint != "best"):
         raise UserError("--flips and --checkpoint go with a run: label images of another tool are scored as they are")
@@ -158,8 +161,9 @@ def main() -> None:
     parser.add_argument("--config", metavar="YAML", help="where the tiles lie, for --predictions without a run")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="predict images that have no masks")
     parser.add_argument("--tiles", nargs="+", default=[], metavar="KEY", help="the tiles of tiles.png")
-    parser.add_argument("--pictures", type=int, default=5, metavar="N", help="without --tiles: so many, from the worst "
-                        "to the best, and of several runs the three on which they differ most (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help="without --tiles: so many, from "
+                        "the worst to the best, and of several runs the three on which they differ most "
+                        "(default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="PX", help="of the surface Dice "
                         "(default: %(default)g)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN/evaluation, "

@@ -37,7 +37,8 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
     places = gallery_places(evaluation)
     html = environment.get_template("report.html").render(
         contents=contents, header=header, rows=rows,
-        remarks=[*evaluation_report.about_tiles(contents), *evaluation_report.about_scores(contents)],
+        remarks=[*evaluation_report.about_tiles(contents), *evaluation_report.about_models(contents),
+                 *evaluation_report.about_scores(contents)],
         class_tables=[class_table(entry, evaluation.classes) for entry in contents["entries"]],
         confusions=[confusion_table(entry) for entry in contents["entries"]],
         pictures={name: png_address((folder / f"{name}.png").read_bytes()) for name in ("losses", "reliability")

@@ -75,26 +75,33 @@ def results(evaluation: Evaluation) -> dict:
     weights = metrics.resampled_weights([tile.group for tile in asked.tiles])
     units = evaluation.groups or len(asked.tiles)
     scores = [metrics.scores(tally, weights) for tally in evaluation.tallies]
+    present = [(tally.confusion.sum(1) > 0) | (tally.confusion.sum(2) > 0) for tally in evaluation.tallies]  # (N, K)
 
-    def named(values: np.ndarray) -> dict:
-        """Value and interval of samples (R,), or of each class and their mean (R, K + 1)."""
-        if values.ndim == 2:
-            return {name: named(values[:, k]) for k, name in enumerate([*classes, "mean"])}
-        low, high = metrics.interval(values, units) or (math.nan, math.nan)
-        return {"value": _number(values[0]), "low": _number(low), "high": _number(high)}
+    def named(values: np.ndarray, having: np.ndarray) -> dict:
+        """Value and interval of samples (R,), or of each class, by the tiles (N, K) having it, and their mean."""
+        def number(samples: np.ndarray, units: int) -> dict:
+            low, high = metrics.interval(samples, units) or (math.nan, math.nan)
+            return {"value": _number(samples[0]), "low": _number(low), "high": _number(high)}
+
+        if values.ndim == 1:
+            return number(values, units)
+        groups = [len({tile.group or tile for tile, has in zip(asked.tiles, column, strict=True) if has})
+                  for column in having.T]
+        return {name: number(values[:, k], of) for k, (name, of) in
+                enumerate(zip([*classes, "mean"], [*groups, units], strict=True))}
 
     constant, dice = metrics.best_constant(evaluation.tallies[0].confusion.sum(0))
     rows = []
-    for entry, tally, found in zip(evaluation.entries, evaluation.tallies, scores, strict=True):
+    for entry, tally, found, having in zip(evaluation.entries, evaluation.tallies, scores, present, strict=True):
         truth, predicted = tally.confusion.sum(2) > 0, tally.confusion.sum(1) > 0    # (N, K) both
         shared = [name for name in found if name in scores[0]]
         rows.append({
             "name": entry.name, "source": str(entry.source), **entry.facts(),
-            "scores": {name: named(values) for name, values in found.items()},
+            "scores": {name: named(values, having) for name, values in found.items()},
             "difference_to_first": {} if entry is evaluation.entries[0] else
-            {name: named(found[name] - scores[0][name]) for name in shared},
+            {name: named(found[name] - scores[0][name], having | present[0]) for name in shared},
             **{what: dict(zip(classes, which.sum(0).tolist(), strict=True)) for what, which in
-               (("tiles_behind_means", truth | predicted), ("tiles_where_missed", truth & ~predicted),
+               (("tiles_behind_means", having), ("tiles_where_missed", truth & ~predicted),
                 ("tiles_where_invented", predicted & ~truth))},
             "confusion": tally.confusion.sum(0).tolist(),
             "reliability": None if tally.calibration is None else
@@ -105,7 +112,8 @@ def results(evaluation: Evaluation) -> dict:
         "tiles": len(asked.tiles), "groups": evaluation.groups, "classes": list(classes), "doubts": asked.doubts,
         "surface_dice_tolerance_px": evaluation.tolerance,
         "intervals": f"95 %, bootstrap of {metrics.RESAMPLES} samples of {'groups' if evaluation.groups else 'tiles'}"
-        if len(weights) > 1 else f"none, since they need {metrics.FEWEST_GROUPS} groups",
+        if len(weights) > 1 else f"none, since they need {metrics.FEWEST_GROUPS} "
+        f"{'groups' if evaluation.groups else 'tiles'}",
         "best_constant": {"class": classes[constant], "dice_mean": _number(dice)},
         "entries": rows,
     }
@@ -195,9 +203,9 @@ def about_tiles(contents: dict) -> list[str]:
     """Of what and how many tiles the scores are, and how far they and their intervals can be trusted."""
     groups = contents["groups"]
     of = f" of {groups} group{'s' * (groups > 1)}" if groups else ""
-    lines = [*contents["doubts"], f"{contents['tiles']} tiles{of} (split: {contents['split']}) of "
-             f"{contents['data_root']}. Intervals: {contents['intervals']}."]
-    if not groups:
+    lines = [*contents["doubts"], f"{contents['tiles']} tile{'s' * (contents['tiles'] > 1)}{of} (split: "
+             f"{contents['split']}) of {contents['data_root']}. Intervals: {contents['intervals']}."]
+    if not groups and contents["tiles"] >= metrics.FEWEST_GROUPS:
         lines.append("Slides or patients are not known (data.group), so the intervals take every tile for independent "
                      "and are too narrow if tiles share a slide.")
     elif metrics.FEWEST_GROUPS <= groups < FEW_GROUPS:
@@ -209,8 +217,8 @@ def about_distances(contents: dict) -> str:
     """How much of HD95 is no distance."""
     counts = ", ".join(f"{sum(entry['tiles_where_missed'].values())} and {sum(entry['tiles_where_invented'].values())} "
                        f"times by {entry['name']}" for entry in contents["entries"])
-    return ("HD95 is the mean over tiles and classes; where a class of a tile is missed or invented it is the tile's "
-            f"diagonal: {counts}.")
+    return ("HD95 is the mean over tiles, then over classes; where a class of a tile is missed or invented it is the "
+            f"tile's diagonal: {counts}.")
 
 
 def about_scores(contents: dict) -> list[str]:
@@ -218,11 +226,20 @@ def about_scores(contents: dict) -> list[str]:
     constant = contents["best_constant"]
     lines = ["Dice, the hard Dice, is pooled over all pixels and averaged over classes; predicting "
              f"{constant['class']} everywhere has {constant['dice_mean']:.4f}.",
-             about_distances(contents)]
+             about_distances(contents),
+             f"Surface Dice is the share of both outlines that lie within {contents['surface_dice_tolerance_px']:g} px "
+             "of the other."]
     if any(entry.get("loss") for entry in contents["entries"]):
         lines.append("Soft Dice is the report's equation 9, in which a perfect prediction of a tile without one of "
                      "three classes has 0.667.")
     return lines
+
+
+def about_models(contents: dict) -> list[str]:
+    """Which weights gave the answers, and how."""
+    return [f"{entry['name']}: {entry['source']} of epoch {entry['tested_epoch']}"
+            f"{', averaged over the 8 flips and turns' * entry['flips']}."
+            for entry in contents["entries"] if entry.get("tested_epoch")]
 
 
 def summary(contents: dict) -> str:
@@ -298,14 +315,15 @@ def refuse_unknown_keys(questions: Questions, keys: Sequence[str]) -> None:
 # ---------------------------------------------------------------------------------------------- the folder
 
 def write(folder: Path, evaluation: Evaluation, keys: Sequence[str], count: int) -> dict:
-    """Write everything but the predictions into `folder`; returns the contents of scores.json."""
+    """Write everything but predictions and page into `folder`; returns the contents of scores.json."""
     contents = results(evaluation)
     write_text(folder / "scores.json", json.dumps(contents, indent=2, allow_nan=False) + "\n")
     write_tile_scores(folder / "tiles.csv", evaluation)
     header, rows = table_rows(contents)
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
-    paragraphs = [markdown_table(*readable_rows(contents)), *about_tiles(contents), *about_scores(contents)]
+    paragraphs = [markdown_table(*readable_rows(contents)), *about_tiles(contents), *about_models(contents),
+                  *about_scores(contents)]
     write_text(folder / "table.md", "\n\n".join(paragraphs) + "\n")
     figures.save(draw_tiles(evaluation, keys, count), folder / "tiles.png")
     histories = {f"{entry.name}: {entry.config.loss.name}": entry.history for entry in evaluation.entries

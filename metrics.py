@@ -181,8 +181,8 @@ def scores(tally: Tally, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Every score over all tiles, for each row of weights (R, N): (R,), or (R, K + 1) with the classes' mean last.
 
     soft_dice and pixel_accuracy are means over tiles; dice, iou, precision, recall and ece are pooled over pixels;
-    tile_dice and so on are means over the tiles that have the class. The mean over classes is always one over the
-    classes that the tiles as they are have: a sample of tiles that lacks one of them has no mean.
+    tile_dice and so on are means over the tiles whose truth or prediction has the class. The mean over classes is
+    always one over the classes that the tiles as they are have: a sample of tiles that lacks one of them has no mean.
     """
     def mean_over_tiles(values: np.ndarray) -> np.ndarray:                           # (N, ...) to (R, ...)
         present = ~np.isnan(values)
@@ -222,14 +222,14 @@ def resampled_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
 
 
 def interval(values: np.ndarray, groups: int) -> tuple[float, float] | None:
-    """The 95 % interval of a score whose (1 + R,) values belong to `resampled_weights` of so many groups.
+    """The 95 % interval of a score whose (1 + R,) values, by `resampled_weights`, rest on so many groups.
 
     The percentile interval, expanded for few groups (Hesterberg 2015, section 4.6): its ends are those percentiles
-    that would make it Student's interval for a mean. None where the score does not exist, or in more than one of
-    twenty samples does not.
+    that would make it Student's interval for a mean. None with fewer than `FEWEST_GROUPS`, and where the
+    score does not exist, or in more than one of twenty samples does not.
     """
     samples = values[1:][~np.isnan(values[1:])]
-    if len(values) == 1 or np.isnan(values[0]) or len(samples) < 0.95 * (len(values) - 1):
+    if len(values) == 1 or groups < FEWEST_GROUPS or np.isnan(values[0]) or len(samples) < 0.95 * (len(values) - 1):
         return None
     end = ndtr(-math.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.975))
     return tuple(np.quantile(samples, [end, 1 - end]).tolist())

@@ -29,7 +29,8 @@ OVERLAY = 4096  # pixels, the longer side of an overlay at most
 def find_images(folder: Path) -> list[Path]:
     """The images of a folder, all of them decoded once: none is to fail after hours of computing."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --images takes a folder of images")
+        raise UserError(f"{folder}: {'a file' if folder.exists() else 'no such folder'}; --images takes a folder of "
+                        "images")
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not images:
         raise UserError(f"{folder}: no images found ({', '.join(SUFFIXES)})")

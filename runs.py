@@ -232,11 +232,11 @@ def read_metrics(folder: Path) -> list[dict]:
         return []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        for row in rows:
-            missing = NEEDED_METRICS - row.keys()
+            reader = csv.DictReader(file)
+            missing = NEEDED_METRICS - {*(reader.fieldnames or ())}
             if missing:
                 raise ValueError(f"no column {min(missing)}")
+            rows = [{name: float(value) for name, value in row.items()} for row in reader]
         return [row | {name: int(row[name]) for name in ("epoch", "survivor")} for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the metrics of a run ({error}); restore the file or remove it") from None

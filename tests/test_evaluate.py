@@ -201,9 +201,10 @@ def test_folders_and_patterns_of_any_name(trained, command, tmp_path):
 
 def test_a_damaged_history_is_refused_before_any_compute(trained, command):
     path = trained / "metrics.csv"
-    path.write_text(path.read_text().replace("val_loss,", "vloss,", 1))
-    with pytest.raises(UserError, match="metrics.csv: not the metrics of a run .no column val_loss"):
-        command(trained)
+    for text in (path.read_text().replace("val_loss,", "vloss,", 1), "garbage\n", ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match="metrics.csv: not the metrics of a run .no column"):
+            command(trained)
 
 
 def test_an_evaluation_that_fails_leaves_the_one_before(trained, command, monkeypatch):
@@ -249,6 +250,21 @@ def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_
     assert float(table[2]["Dice - first"]) == pytest.approx(other["difference_to_first"]["dice"]["mean"]["value"],
                                                             abs=1e-4)
     assert (out / "table.md").read_text().count("\n| ") >= 3
+
+
+def test_a_class_that_few_slides_have_has_no_interval(trained, command, tmp_path):
+    """Six slides, four with tumour."""
+    (tmp_path / "peer").mkdir()
+    for path in (tmp_path / "tiles/masks").iterdir():
+        mask = np.array(Image.open(path))
+        if path.stem[len("mask#"):].startswith(("s4", "s5")):
+            mask[mask == GREYS[2]] = GREYS[1]
+        Image.fromarray(mask).save(path)
+        mask[0, mask[0] != GREYS[2]] = GREYS[0]
+        Image.fromarray(mask).save(tmp_path / "peer" / path.name)
+    command("--predictions", "peer", "--config", trained / "config.yaml", "--split", "all")
+    dice = scores_of(tmp_path / "peer-evaluation-all")["entries"][0]["scores"]["dice"]
+    assert [name for name, score in dice.items() if score["low"] is None] == ["tumour"]
 
 
 def test_paired_differences_are_surer_than_the_scores_themselves(trained, command, tmp_path):
@@ -318,6 +334,7 @@ def test_flips_split_checkpoint_and_out(trained, command, tmp_path):
     wider = scores_of(trained / "evaluation-all")["entries"][0]["scores"]["tile_surface_dice"]["tissue"]["value"]
     assert wider > both["entries"][0]["scores"]["tile_surface_dice"]["tissue"]["value"]
     assert both["tiles"] == 12 and both["surface_dice_tolerance_px"] == 1
+    assert other["entries"][0]["flips"] and not plain["entries"][0]["flips"]
     assert (np.array(both["entries"][0]["confusion"]) >= plain["entries"][0]["confusion"]).all()
 
 
@@ -331,6 +348,11 @@ def test_the_named_checkpoint_is_the_one_that_is_scored(trained, command):
         command(trained, *arguments, "--out", trained / folder)
         entry = scores_of(trained / folder)["entries"][0]
         assert entry["tested_epoch"] == 2 and np.sum(entry["confusion"], axis=0)[:2].tolist() == [0, 0]
+    shutil.copy(checkpoint, trained.parent / "best.pt")
+    command(trained, "--checkpoint", trained.parent / "best.pt", "--out", trained / "loose")
+    entry = scores_of(trained / "loose")["entries"][0]
+    assert (entry["name"], entry["epochs"]) == ("tiny (best)", 2)  # its own two, not the run's one
+    assert f"tiny (best): {trained.parent}/best.pt of epoch 2." in (trained / "loose/table.md").read_text()
     command(trained / "checkpoints/best.pt", checkpoint, "--out", trained / "both")
     assert [entry["name"] for entry in scores_of(trained / "both")["entries"]] == ["tiny", "tiny (last)"]
 
@@ -460,6 +482,8 @@ def test_truncated_and_altered_checkpoints_are_refused(trained, command):
     (["RUN", "--images", "nowhere"], "no such folder"),
     (["RUN", "--images", "runs"], "no images found"),
     (["RUN", "RUN", "--images", "tiles/frames"], "--images takes one run"),
+    (["RUN", "--images", "tiles/frames", "--tolerance", "2"], "--images takes one run"),
+    (["RUN", "--images", "mine/areas.csv"], "mine/areas.csv: a file; --images takes a folder"),
     (["RUN", "--split", "all", "--images", "tiles/frames"], "--images takes one run"),
     (["RUN", "--predictions", "tiles"], "no label images in it .* one of its folders frames, masks"),
     (["RUN", "RUN", "--checkpoint", "x.pt"], "goes with one run"),
