@@ -77,16 +77,19 @@ def results(evaluation: Evaluation) -> dict:
     scores = [metrics.scores(tally, weights) for tally in evaluation.tallies]
     present = [(tally.confusion.sum(1) > 0) | (tally.confusion.sum(2) > 0) for tally in evaluation.tallies]  # (N, K)
 
-    def named(values: np.ndarray, having: np.ndarray) -> dict:
-        """Value and interval of samples (R,), or of each class, by the tiles (N, K) having it, and their mean."""
+    def groups_with(having: np.ndarray) -> list[int]:
+        """How many groups have each class, by the tiles (N, K) that have it."""
+        return [len({tile.group or tile for tile, has in zip(asked.tiles, column, strict=True) if has})
+                for column in having.T]
+
+    def named(values: np.ndarray, groups: Sequence[int]) -> dict:
+        """Value and interval of samples (R,), or of each class, which so many groups have, and of their mean."""
         def number(samples: np.ndarray, units: int) -> dict:
             low, high = metrics.interval(samples, units) or (math.nan, math.nan)
             return {"value": _number(samples[0]), "low": _number(low), "high": _number(high)}
 
         if values.ndim == 1:
             return number(values, units)
-        groups = [len({tile.group or tile for tile, has in zip(asked.tiles, column, strict=True) if has})
-                  for column in having.T]
         return {name: number(values[:, k], of) for k, (name, of) in
                 enumerate(zip([*classes, "mean"], [*groups, units], strict=True))}
 
@@ -95,11 +98,12 @@ def results(evaluation: Evaluation) -> dict:
     for entry, tally, found, having in zip(evaluation.entries, evaluation.tallies, scores, present, strict=True):
         truth, predicted = tally.confusion.sum(2) > 0, tally.confusion.sum(1) > 0    # (N, K) both
         shared = [name for name in found if name in scores[0]]
+        groups, of_either = groups_with(having), groups_with(having | present[0])
         rows.append({
             "name": entry.name, "source": str(entry.source), **entry.facts(),
-            "scores": {name: named(values, having) for name, values in found.items()},
+            "scores": {name: named(values, groups) for name, values in found.items()},
             "difference_to_first": {} if entry is evaluation.entries[0] else
-            {name: named(found[name] - scores[0][name], having | present[0]) for name in shared},
+            {name: named(found[name] - scores[0][name], of_either) for name in shared},
             **{what: dict(zip(classes, which.sum(0).tolist(), strict=True)) for what, which in
                (("tiles_behind_means", having), ("tiles_where_missed", truth & ~predicted),
                 ("tiles_where_invented", predicted & ~truth))},
