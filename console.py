@@ -65,6 +65,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line(cells) for cells in [header, *rows])
 
 
+def percent(share: float) -> str:
+    """A share with one decimal, a tiny one with two digits: 12.3%, 0.042%, 6.1e-11%."""
+    return f"{share:.1%}" if not 0 < abs(share) < 0.01 else f"{100 * share:.2g}%"
+
+
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 

@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -16,9 +16,21 @@ from torch import Tensor
 import runs
 from config import Config, apply_overrides, leaves, load_config
 from console import UserError, warn
-from dataset import SPLITS, TILE_LIST, Tile, normalise, open_store, picture_size, read_greys, read_mask, read_tiles
+from dataset import (
+    SPLITS,
+    TILE_LIST,
+    Statistics,
+    Tile,
+    normalise,
+    open_store,
+    picture_size,
+    read_greys,
+    read_mask,
+    read_tiles,
+)
 from hardware import choose_device
 from inference import Predictor
+from unet import UNet
 
 MAY_CHANGE = ("device", "data.root")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
@@ -34,6 +46,8 @@ class Entry:
     device: torch.device
     tiles_sha256: str  # of the list of tiles it is asked about
     predictor: Predictor | None = None
+    model: UNet | None = None  # what the predictor runs
+    statistics: Statistics | None = None  # of the tiles it was trained with
     flips: bool = False  # the predictor averages over the symmetries
     run: Path | None = None  # the folder of the trained model
     epoch: int | None = None  # of the checkpoint
@@ -46,6 +60,11 @@ class Entry:
         parts = (self.run or self.source).parts
         fixed = next((i for i, part in enumerate(parts) if "{key}" in part), len(parts) - 1)
         return Path(*parts[:fixed])
+
+    @property
+    def is_best(self) -> bool:
+        """Whether these are the weights that a run is known by."""
+        return self.run is not None and self.source.resolve() == (self.run / "checkpoints/best.pt").resolve()
 
     def answer(self, images: Tensor, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor | None]:
         """Classes (B, H, W) int64 and, of a model, logits (B, K, H, W) for images (B, H, W, 3) uint8."""
@@ -90,14 +109,15 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> En
     device = choose_device(config.device)
     model = runs.build_model(config)
     runs.load_weights(model, checkpoint)
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     torch.backends.cudnn.allow_tf32 = False  # on by default, and 10 bits of mantissa are not float32
     predictor = Predictor.of(model, lambda images: normalise(images, checkpoint.statistics), flips)
     name = (folder.resolve() if folder == path else folder).name or config.name
-    is_best = file.name == "best.pt" and run_of(file.resolve()) == folder.resolve()
-    history = runs.read_metrics(folder) if run_of(file.resolve()) == folder.resolve() else ()
-    return Entry(name if is_best else f"{name} ({file.stem})", config, file, device, checkpoint.tiles_sha256, predictor,
-                 flips, folder, checkpoint.epoch, tuple(history or checkpoint.history))
+    of_run = run_of(file.resolve()) == folder.resolve()
+    history = runs.read_metrics(folder) if of_run else ()
+    return Entry(name if file.name == "best.pt" and of_run else f"{name} ({file.stem})", config, file, device,
+                 checkpoint.tiles_sha256, predictor, model, checkpoint.statistics, flips, folder, checkpoint.epoch,
+                 tuple(history or checkpoint.history))
 
 
 def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
@@ -141,6 +161,23 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
     name = Path(pattern).stem.replace("{key}", "") if "{key}" in pattern else Path(pattern).name
     name = name.strip("-_#. ") or folder.resolve().name
     return Entry(name, config, Path(pattern), choose_device(config.device), runs.tiles_sha256(config), labels=labels)
+
+
+def in_file_names(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "_"
+
+
+def distinct(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries, those of one name called by their folders; a `UserError` if that is not enough."""
+    def namesakes(entry: Entry) -> list[Entry]:
+        return [other for other in entries if in_file_names(other.name) == in_file_names(entry.name)]
+
+    entries = [replace(entry, name=f"{entry.beside}/{entry.name}") if len(namesakes(entry)) > 1 else entry
+               for entry in entries]
+    for same in filter(lambda same: len(same) > 1, map(namesakes, entries)):
+        raise UserError(f"{' and '.join(str(entry.source) for entry in same)} would have the same name, "
+                        f"{same[0].name}; name every run and every folder of predictions once, under different names")
+    return entries
 
 
 # ---------------------------------------------------------------------------------------------- what they are asked

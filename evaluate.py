@@ -14,10 +14,8 @@ RUN/predictions-FOLDER (prediction.py).
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,7 @@ import metrics
 import prediction
 from config import load_config
 from console import Progress, UserError, run
-from entries import MAY_CHANGE, Entry, Questions, ask, given, listed, trained
+from entries import MAY_CHANGE, Entry, Questions, ask, distinct, given, in_file_names, listed, trained
 from evaluation_report import Evaluation
 from files import names, refuse_loss, replacing_folder
 from losses import soft_dice
@@ -102,15 +100,10 @@ def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
     elif first.predictor:
         images = args.images and in_file_names(args.images.resolve().name)
         folder = first.run / (f"predictions-{images}" if images else "evaluation")
-        is_best = first.source.resolve() == (first.run / "checkpoints/best.pt").resolve()
-        kind.insert(0, "" if is_best else first.source.stem)
+        kind.insert(0, "" if first.is_best else first.source.stem)
     else:
         folder = first.beside / f"{named[0]}-evaluation"
     return folder.with_name("-".join(filter(None, [folder.name, *kind])))
-
-
-def in_file_names(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "_"
 
 
 def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
@@ -138,15 +131,7 @@ def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[s
         config = entries[0].config if entries else load_config(args.config, overrides)
         tiles, rows = listed(config, args.split)
         entries += [given(pattern, config, [tiles[i] for i in rows]) for pattern in args.predictions]
-    def namesakes(entry: Entry) -> list[Entry]:
-        return [other for other in entries if in_file_names(other.name) == in_file_names(entry.name)]
-
-    entries = [replace(entry, name=f"{entry.beside}/{entry.name}") if len(namesakes(entry)) > 1 else entry
-               for entry in entries]
-    for same in filter(lambda same: len(same) > 1, map(namesakes, entries)):
-        raise UserError(f"{' and '.join(str(entry.source) for entry in same)} would have the same name, "
-                        f"{same[0].name}; name every run and every folder of predictions once, under different names")
-    return entries
+    return distinct(entries)
 
 
 def main() -> None:

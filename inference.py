@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unet import UNet, receptive_field
+from field_theory import reach
+from unet import UNet
 
 WINDOW = 1024  # pixels, the side of what is computed at once
 
@@ -28,12 +29,6 @@ def mirrored_indices(size: int, multiple: int) -> Tensor:
     margin = -size % multiple
     positions = torch.arange(-(margin // 2), size + margin - margin // 2) % (2 * size)
     return torch.where(positions < size, positions, 2 * size - 1 - positions)
-
-
-def reach(levels: int) -> int:
-    """How many pixels to either side, at most, an output pixel of a U-Net sees."""
-    fields = [(p, *receptive_field(levels, p)) for p in range(2 ** (levels - 1))]
-    return max(max(p - first, last - p) for p, first, last in fields)
 
 
 def with_symmetries(network: Network) -> Network:

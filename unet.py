@@ -4,7 +4,6 @@
     block   3x3 convolution, dropout, batch norm, LeakyReLU, twice
     skip    the encoder's features of a level, concatenated to the decoder's of the same level
     head    the 1x1 convolution to one logit a class
-    field   the input pixels that an output pixel depends on
 
 Shapes here and everywhere: B batch, K classes, C channels, H W pixels, N tiles.
 """
@@ -55,26 +54,18 @@ class UNet(nn.Module):
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
             raise ValueError(f"this U-Net has {len(self.encoder)} levels and takes heights and widths that are "
                              f"multiples of {self.multiple}; it was given {x.shape[-2]} x {x.shape[-1]}")
-        x = self.encoder[0](x)                                                       # (B, widths[0], H, W)
-        skips = []
-        for encode in self.encoder[1:]:
-            skips.append(x)
-            x = encode(self.pool(x))                                                 # (B, widths[l], H/2^l, W/2^l)
-        for up, decode in zip(reversed(self.up), reversed(self.decoder), strict=True):
-            x = decode(torch.cat([skips.pop(), up(x)], dim=1))                       # (B, widths[l], H/2^l, W/2^l)
+        return self.decode(self.encode(x))
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """The features of each level: what the skips carry, and last the bottleneck's."""
+        features = [self.encoder[0](x)]                                              # (B, widths[0], H, W)
+        for convolve in self.encoder[1:]:
+            features.append(convolve(self.pool(features[-1])))                       # (B, widths[l], H/2^l, W/2^l)
+        return features
+
+    def decode(self, features: Sequence[Tensor]) -> Tensor:
+        """Features of each level to logits (B, K, H, W); any part of the image that all levels agree on will do."""
+        *skips, x = features
+        for skip, up, convolve in zip(*map(reversed, (skips, self.up, self.decoder)), strict=True):
+            x = convolve(torch.cat([skip, up(x)], dim=1))                            # (B, widths[l], H/2^l, W/2^l)
         return self.head(x)                                                          # (B, K, H, W)
-
-
-def receptive_field(levels: int, position: int) -> tuple[int, int]:
-    """First and last input pixel that the output pixel at `position` depends on, along one axis, far from borders.
-
-    The way through the bottleneck, which sees what every skip sees: on the way back each block adds two pixels to
-    either side of the interval, `up` halves it and the pooling doubles it.
-    """
-    first = last = position
-    for _ in range(levels - 1):
-        first, last = (first - 2) // 2, (last + 2) // 2
-    first, last = first - 2, last + 2
-    for _ in range(levels - 1):
-        first, last = 2 * first - 2, 2 * last + 1 + 2
-    return first, last

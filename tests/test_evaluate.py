@@ -1,6 +1,7 @@
 """evaluate.py, entries.py, evaluation_report.py, prediction.py and figures.py."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -586,7 +587,7 @@ def test_an_image_larger_than_a_window_has_the_answer_of_the_whole(trained, imag
     entry = evaluate.trained(trained, "best", [], flips=False)
     pixels = torch.randint(0, 256, (1100, 90, 3), dtype=torch.uint8)
     assert len(list(entry.predictor.pieces(pixels[None]))) == 2
-    whole = evaluate.replace(entry.predictor, window=2000)
+    whole = dataclasses.replace(entry.predictor, window=2000)
     assert np.mean(entry.predictor.labels(pixels) == whole.labels(pixels)) > 0.9999
 
 

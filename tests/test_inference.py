@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from inference import Predictor, mirrored_indices, reach, with_symmetries
-from unet import UNet, receptive_field
+from field_theory import reach
+from inference import Predictor, mirrored_indices, with_symmetries
+from unet import UNet
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 16, 17, 31, 224, 500])
@@ -46,30 +47,6 @@ def test_logits_of_any_size_are_those_of_the_padded_image_cropped_back(size):
     padded = torch.from_numpy(np.pad(images.numpy(), [(0, 0), *pads, (0, 0)], mode="symmetric"))
     expected = model(normalise(padded))[:, :, pads[0][0]:pads[0][0] + size[0], pads[1][0]:pads[1][0] + size[1]]
     assert torch.equal(Predictor.of(model, normalise, flips=False).logits(images), expected)
-
-
-@pytest.mark.parametrize("levels", [1, 2, 3, 4])
-def test_the_field_holds_every_pixel_that_matters_and_its_ends_do(levels):
-    """A changed pixel just outside the field changes nothing; at its ends it does (average pooling: no ties)."""
-    model = model_of(*[3] * levels)
-    model.pool = torch.nn.AvgPool2d(2)
-    line = torch.zeros(1, 3, 8, 256, dtype=torch.double).requires_grad_()
-    for parameter in model.parameters():
-        parameter.data.abs_()
-    for position in range(128, 128 + 2 ** (levels - 1)):
-        line.grad = None
-        model(line)[..., position].sum().backward()
-        seen = line.grad.abs().sum((0, 1, 2)).nonzero().flatten()
-        assert (seen.min().item(), seen.max().item()) == receptive_field(levels, position)
-
-
-def test_fields_are_those_of_the_exact_arithmetic():
-    def size(levels, position):
-        first, last = receptive_field(levels, position)
-        return last - first + 1
-
-    assert [size(5, p) for p in range(16)] == [188 if p in (0, 1, 14, 15) else 204 for p in range(16)]
-    assert [size(4, p) for p in range(8)] == [92 if p in (0, 1, 6, 7) else 100 for p in range(8)]
 
 
 @pytest.mark.parametrize("flips", [False, True])
