@@ -179,7 +179,8 @@ def gradients(model: UNet, images: Tensor, places: Tensor, by_path: bool = True)
                 for i, level in enumerate(model.encode(images))]                     # (B, widths[l], h, h)
     joints = [level.detach().requires_grad_() for level in features]
     rows, columns = (places - start).T
-    logits = model.decode(joints)[torch.arange(len(images)), :, rows, columns]       # (B, K)
+    batch = torch.arange(len(images), device=images.device)
+    logits = model.decode(joints)[batch, :, rows, columns]                           # (B, K)
     for logit in logits.unbind(1):
         into = torch.autograd.grad(logit.sum(), joints, retain_graph=True)
         importance = torch.stack([(g * level).abs().sum((1, 2, 3)) for g, level in zip(into, joints, strict=True)])

@@ -342,7 +342,7 @@ def published(models: dict[str, UNet]) -> str:
         table(["network", "as published", "+ 1", "first of ties", "exact here", "exact, by position"], rows), "",
         "as published        zeros in, one output pixel, one class, one channel; last row that is not 0, - the first.",
         "                    The report prints 172 (5 levels), 84 (4 levels) and 116 (5 levels, trained on Dice)",
-        "+ 1                 how many rows that are: rows 42 to 214 are 173",
+        "+ 1                 how many rows that are: from row 34 to row 206 there are 173",
         "first of ties       by arithmetic, if every pooling passes the gradient to the first of its pixels alone: so",
         "                    it does on a constant input, where they are equally large",
         "exact here          what this output pixel depends on",

@@ -356,21 +356,32 @@ def test_inputs_are_the_normalised_cuts(trained):
     assert field_measurement.zero_inputs(2, device)(0, 3).eq(0).all()
 
 
-def test_the_untrained_network_is_the_one_that_training_began_with(trained):
-    entry, questions = entry_of(trained)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_untrained_network_is_the_one_that_training_began_with(tmp_path, tiny, monkeypatch, dropout):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(field_measurement, "PIXELS_AT_ONCE", 4 * 18**2)  # three batches
+    train.start(apply_overrides(tiny, ["train.epochs=1", f"model.dropout={dropout}"]))
+    entry, questions = entry_of(tmp_path / "runs/tiny")
     pixels = field_measurement.draw_pixels(entry, questions, 4)
     inputs = field_measurement.tile_inputs(entry, questions, pixels)
     model = field_measurement.initial(entry, inputs, len(pixels))
     first = train.build_learner(entry.config, entry.statistics).model
     assert not model.training and all(map(torch.equal, model.parameters(), first.parameters()))
-    norm = model.encoder[0][2]
-    seen = torch.nn.functional.conv2d(inputs(0, len(pixels)), first.encoder[0][0].weight, first.encoder[0][0].bias,
-                                      padding=1)
-    if not entry.config.model.dropout:
+    norm, convolution = model.encoder[0][2], first.encoder[0][0]
+    seen = torch.nn.functional.conv2d(inputs(0, len(pixels)), convolution.weight, convolution.bias, padding=1)
+    if dropout:  # half of the images lose a channel, the others have it doubled
+        kept = norm.running_mean / seen.mean((0, 2, 3)) / 2 * len(pixels)  # roughly how many of the 12 images
+        assert kept.min() > 0 and kept.max() < len(pixels)
+    else:
         assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-5)
-    else:  # half the channels are dropped, the others doubled
-        assert not torch.allclose(norm.running_var, torch.ones_like(norm.running_var))
-        assert norm.running_var.gt(seen.var((0, 2, 3)) * 0.5).all()
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4, 5])
+@pytest.mark.parametrize(("length", "crop"), [(500, 256), (224, 192), (331, 64), (192, 192), (200, 192)])
+def test_the_crop_that_is_predicted_alone_is_central_and_keeps_the_alignment(levels, length, crop):
+    start, block = field_measurement._centred(levels, length, crop), multiple(levels)
+    assert (start + (-length % block) // 2) % block == 0  # of the canvas, which begins before the tile
+    assert 0 <= (length - crop) / 2 - start < block + 1
 
 
 def test_borders_are_counted_pixel_by_pixel(trained):
@@ -434,6 +445,32 @@ def test_a_run_and_its_numbers(trained, command, capsys):
     out = capsys.readouterr().out
     assert "skip of level 1" in out and "wrote" in out and "dead" not in out
     command(trained, "--pixels", 4)  # replaces its own
+
+
+def test_the_rows_are_of_their_pixels_and_their_logits(trained):
+    entry, _ = entry_of(trained)
+    run, = receptive_field.measured([entry], "all", 5, "float32")
+    field = run.fields[field_report.TRAINED]
+    rows = {(row["inside"], row["logit"]): row for row in field_report.field_rows(run) if row["input"] == "tiles"
+            and row["weights"] == "trained"}
+    for inside, name in enumerate(run.classes):
+        for logit, other in enumerate(run.classes):
+            energy = sum(field.energy[i, logit] for i in range(len(field.pixels)) if field.pixels.classes[i] == inside)
+            for column, share in field_report.ENERGIES.items():
+                assert rows[name, other][column] == field_report.radii(energy, share)
+            fit = field_report.fit_gaussian(field.maps[inside, logit])
+            assert (rows[name, other]["sigma"], rows[name, other]["misfit"]) == fit[1::2]
+    assert len({row["sigma"] for row in rows.values()}) == 16
+    paths = {(row["inside"], row["path"]): row for row in field_report.path_rows(run)}
+    for inside, name in enumerate(run.classes):
+        chosen = field.pixels.classes == inside
+        whole, left = field.energy[chosen].sum(), field.without[chosen].sum((0, 1))
+        alone, important = field.path_energy[chosen].sum((0, 1, 3)), field.importance[chosen].sum((0, 1))
+        for path, label in enumerate(field_theory.path_names(2)):
+            row = paths[name, label]
+            assert row["energy_without"] == pytest.approx(left[path] / whole)
+            assert row["energy_alone"] == pytest.approx(alone[path] / whole)
+            assert row["gradient_x_activation"] == pytest.approx(important[path] / important.sum())
 
 
 def test_intervals_hold_all_groups_and_need_enough_of_them(trained, command):

@@ -12,6 +12,11 @@ Machines are shared and noisy: the two sides take turns, and the table quotes me
     filter_workers   judging all tiles on one process and on two, start of the processes included
     filter_memory    peak memory of the largest process that judges, for a tenth of the tiles and for all
     filter_verdicts  verdicts of Algorithm 1 on borderline variants of the tiles that differ from the literal ones
+    field_map        d logit / d input of one pixel of the report's network: on the smallest input that holds the field,
+                     with a decoder that computes the centre only, channels last, bfloat16 where the hardware has it;
+                     against float32 on a 256 x 256 input
+    field_maps       the same for 64 pixels, several in one backward pass against one each
+    field_float32    field_maps with float32 on both sides
 """
 
 import argparse
@@ -206,10 +211,49 @@ def filter_verdicts(root: Path, quick: bool) -> dict:
     return {"ours": int(changed), "baseline": 0, "unit": f"changed of {count} borderline verdicts", "ratio": None}
 
 
-BENCHMARKS = {"filter_check": (filter_check, True), "filter_pass": (filter_pass, True),
-              "filter_judge": (partial(filter_pass, npz=False), True),
-              "filter_workers": (filter_workers, False), "filter_memory": (filter_memory, False),
-              "filter_verdicts": (filter_verdicts, True)}  # name: (function, in a process of one thread)
+# ---------------------------------------------------------------------------------------------- receptive fields
+
+def field_maps(root: Path, quick: bool, count: int = 64, precision: str = "auto") -> dict:
+    """Gradients of one class's logit at `count` pixels of as many images, by an untrained network of full width."""
+    import torch
+
+    from field_measurement import batches, gradients
+    from field_theory import smallest_cut
+    from hardware import autocast, choose_precision
+    from unet import UNet
+
+    torch.manual_seed(0)
+    plain_model = UNet().eval()
+    model = UNet().eval().to(memory_format=torch.channels_last).requires_grad_(False)
+    model.load_state_dict(plain_model.state_dict())
+    cut, device = smallest_cut(len(model.encoder)), torch.device("cpu")
+    images = torch.randn(count, 3, 256, 256)
+    cuts, places = images[..., :cut.size, :cut.size].contiguous(), torch.full((count, 2), cut.origin)
+
+    def ours() -> None:
+        with autocast(device, choose_precision(precision, device)):
+            for start, stop in batches(count, len(model.encoder)):
+                next(gradients(model, cuts[start:stop].clone(), places[start:stop], by_path=False))
+
+    def plain() -> None:
+        for image in images[:, None]:
+            image = image.clone().requires_grad_()
+            torch.autograd.grad(plain_model(image)[0, 0, 128, 128], image)
+
+    return race(ours, plain, count, (3 if quick else 9) if count == 1 else 1 if quick else 3) | {"unit": "ms a map"}
+
+
+BENCHMARKS = {  # name: (function, in a process of one thread)
+    "filter_check": (filter_check, True),
+    "filter_pass": (filter_pass, True),
+    "filter_judge": (partial(filter_pass, npz=False), True),
+    "filter_workers": (filter_workers, False),
+    "filter_memory": (filter_memory, False),
+    "filter_verdicts": (filter_verdicts, True),
+    "field_map": (partial(field_maps, count=1), False),
+    "field_maps": (field_maps, False),
+    "field_float32": (partial(field_maps, precision="float32"), False),
+}
 
 
 def measure(name: str, root: Path, quick: bool) -> dict:
@@ -235,7 +279,7 @@ def main() -> None:
     if not (args.data / "truth.csv").is_file():
         raise UserError(f"{args.data}: no demo tiles; `python -m tools.make_demo_data {args.data}` makes them")
     print(f"{platform.processor() or platform.machine()}, {cores()} cores, Python {platform.python_version()}, "
-          + ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pillow")), flush=True)
+          + ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "pillow")), flush=True)
     rows = [measure(name, args.data.resolve(), args.quick) for name in args.only]
     print(table(["benchmark", "ours", "baseline", "unit", "baseline / ours", "range"], [describe(row) for row in rows]))
     if args.json:
