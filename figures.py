@@ -275,8 +275,8 @@ def fields(runs: Sequence[tuple[str, str, np.ndarray, tuple[int, int], Sequence[
             image = _map(axis, strength, norm)
             axis.add_patch(Rectangle((low - 0.5, low - 0.5), high - low + 1, high - low + 1, fill=False, color="white",
                                      linestyle="--", linewidth=1))
-            for distance, colour in zip(distances, RADII, strict=True):
-                axis.add_patch(Circle((0, 0), distance, fill=False, color=colour, linewidth=1.2))
+            for distance, colour, width in zip(distances, RADII, (1.2, 2.6, 1.2), strict=True):  # 90 % may be 95 %
+                axis.add_patch(Circle((0, 0), distance, fill=False, color=colour, linewidth=width))
             axis.set(xlim=(-around, around), ylim=(around, -around))
             if scale == "linear":
                 values = ", ".join(f"{radius} {distance:g}" for radius, distance in zip(radii, distances, strict=True))
