@@ -36,6 +36,8 @@ def architectures(folders: Sequence[str], config: str | None, overrides: Sequenc
     """The networks that are asked about, without their weights; where none is named, the report's two."""
     if config:
         return {config: load_config(config, overrides)}
+    if overrides:
+        raise UserError(f"{overrides[0]} changes a config: name one with --config, e.g. configs/dice_ce.yaml")
     if not folders:
         return {name: Config(model=Model(widths=widths)) for name, widths in REPORTS.items()}
     found = {}
@@ -125,6 +127,12 @@ def main() -> None:
         raise UserError("--config goes with --theory or --as-published and without runs: a run knows its config")
     if args.theory and args.as_published:
         raise UserError("--theory and --as-published are two questions; ask one at a time")
+    if args.theory or args.as_published:
+        of_weights = () if args.as_published and folders else ("checkpoint", "device")
+        for name in ("split", "pixels", "precision", "format", "out", *of_weights):
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name} is of the measurement: --theory does without, and --as-published takes "
+                                "--checkpoint and --device at most, with runs")
     if args.pixels < 1:
         raise UserError(f"--pixels must be at least 1; it is {args.pixels}")
     if args.theory:

@@ -534,6 +534,9 @@ def test_what_cannot_be_measured_is_one_line(trained, command, tmp_path):
             (["--theory", "runs/nothing"], "no such run"), ([trained, "--config", "x.yaml"], "--config goes with"),
             ([trained, "--pixels", 0], "at least 1"), ([trained, "--theory", "--as-published"], "one at a time"),
             ([trained, "model.dropout=0.1"], "belongs to"),
+            (["--theory", "model.widths=[4,8]"], "name one with --config"),
+            (["--theory", "--pixels", 4], "--pixels is of the measurement"),
+            (["--as-published", trained, "--out", tmp_path / "x"], "--out is of the measurement"),
             ([trained, f"data.root={tmp_path / 'none'}"], "list of tiles is missing"),
             ([trained, trained], "would have the same name"), ([trained, "--out", tmp_path / "runs"], "would replace")):
         with pytest.raises(UserError, match=message):
