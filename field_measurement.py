@@ -65,9 +65,10 @@ class Pixels:
 
 
 def _alignments(random: np.random.Generator, count: int, levels: int) -> np.ndarray:
-    """(count, 2) alignments of rows and columns, all pairs equally often as far as they go."""
-    pairs = np.stack(np.divmod(np.arange(multiple(levels) ** 2), multiple(levels)), 1)
-    return np.resize(random.permutation(pairs), (count, 2))
+    """(count, 2) alignments of rows and columns: all of each in every `multiple` pixels, all pairs in its square."""
+    block, i = multiple(levels), np.arange(count)
+    rows, columns = random.permutation(block), random.permutation(block)
+    return np.stack([rows[i % block], columns[(i + i // block) % block]], 1)
 
 
 def draw_pixels(entry: Entry, questions: Questions, count: int) -> Pixels:
@@ -85,22 +86,25 @@ def draw_pixels(entry: Entry, questions: Questions, count: int) -> Pixels:
                         f"small to hold the field of {levels} levels: give tiles of at least {cut.size} x {cut.size} "
                         "with data.root=FOLDER, or train a model with fewer model.widths")
     pixels = np.zeros(classes, np.int64)
-    for row in rows:
-        pixels += np.bincount(store[row, ..., 3].ravel(), minlength=classes)[:classes]
+    with Progress("count classes", len(rows), "tile") as progress:
+        for row in rows:
+            pixels += np.bincount(store[row, ..., 3].ravel(), minlength=classes)[:classes]
+            progress.advance()
     for k in range(classes):
         random = generator(seed, 0, k, "receptive field")
         order, places = random.permutation(len(rows)), cut.origin + _alignments(random, count, levels)
-        misses, tried = 0, 0
-        while len(places) and misses < len(order):
-            tile, (y, x) = order[tried % len(order)], places[0]
-            target = store[rows[tile], y:y + height - cut.size + 1, x:x + width - cut.size + 1, 3]
-            there = np.flatnonzero(target == k)
-            if len(there):
-                corner = np.unravel_index(random.choice(there), target.shape)
-                found.append((tile, *corner, y, x, k))
-                places = places[1:]
-            misses, tried = 0 if len(there) else misses + 1, tried + 1
-    drawn = np.array(found).reshape(-1, 6)
+        turn = 0
+        for y, x in places if pixels[k] else ():
+            for tried in range(turn, turn + len(order)):  # the next tile that has the class where this alignment fits
+                tile = order[tried % len(order)]
+                target = store[rows[tile], y:y + height - cut.size + 1, x:x + width - cut.size + 1, 3]
+                there = np.flatnonzero(target == k)
+                if len(there):
+                    corner = np.unravel_index(random.choice(there), target.shape)
+                    found.append((tile, *corner, y, x, k))
+                    turn = tried + 1
+                    break
+    drawn = generator(seed, 0, classes, "receptive field").permutation(np.array(found).reshape(-1, 6))
     return Pixels(drawn[:, 0], drawn[:, 1:3], drawn[:, 3:5], drawn[:, 5], pixels / pixels.sum())
 
 
@@ -150,8 +154,8 @@ def batches(count: int, levels: int) -> Iterator[tuple[int, int]]:
 def initial(entry: Entry, inputs: Inputs, count: int) -> UNet:
     """The network with the weights that training began with, in evaluation mode.
 
-    Its batch norms have the statistics that training would have given them on these inputs before its first step, with
-    dropout. As they are created, with mean 0 and variance 1, every level would be fainter than it ever is.
+    Its batch norms have seen these inputs, with dropout, as in training. As they are created, with mean 0 and variance
+    1, every level would be fainter than it ever is.
     """
     config = entry.config
     torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
@@ -297,7 +301,7 @@ class Border:
     confusion: np.ndarray  # (N, 2, K, K) where the field leaves the tile, and where it does not
     by_distance: np.ndarray  # (N, distances, 2) right and all pixels, by distance to the tile's border
     crop: int | None  # pixels, the side of the tile's centre that is predicted alone; None: the tile is too small
-    moved: np.ndarray | None  # (N, 3) of the crop's border: all pixels, right alone, right as part of the tile
+    moved: np.ndarray | None  # (N, distances, 3) from the crop's border: all pixels, right alone, right in the tile
 
 
 def measure_border(entry: Entry, questions: Questions) -> Border:
@@ -307,12 +311,10 @@ def measure_border(entry: Entry, questions: Questions) -> Border:
     order = generator(config.seed, 0, 0, "border").permutation(len(questions.rows))
     chosen = sorted(order[:BORDER_TILES].tolist())
     inside = np.outer(*(unpadded(levels, length, canvas=False) for length in (height, width)))
-    to_border = np.minimum.outer(*(np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width)))
-    bins = np.digitize(to_border, DISTANCES) - 1
+    bins, crop_bins = _bands(height, width), _bands(crop, crop)
     top, left = (_centred(levels, length, crop) for length in (height, width))
     has_crop = min(top, left) > 0
     inner = np.s_[top:top + crop, left:left + crop]
-    crop_border = ~np.outer(*[unpadded(levels, crop)] * 2)
     counts, right_by_distance, moved = [], [], []
     with Progress(f"borders of {entry.name}", len(chosen), "tile") as progress:
         for tile in chosen:
@@ -327,10 +329,17 @@ def measure_border(entry: Entry, questions: Questions) -> Border:
                                       for which in (right, np.ones_like(right))])
             if has_crop:
                 alone = entry.predictor.labels(image[inner]) == target[inner]
-                moved.append([crop_border.sum(), alone[crop_border].sum(), right[inner][crop_border].sum()])
+                moved.append([np.bincount(crop_bins[which], minlength=len(DISTANCES))
+                              for which in (np.ones_like(alone), alone, right[inner])])
             progress.advance()
     return Border(chosen, np.array(counts), np.array(right_by_distance).swapaxes(1, 2),
-                  crop if has_crop else None, np.array(moved) if has_crop else None)
+                  crop if has_crop else None, np.array(moved).swapaxes(1, 2) if has_crop else None)
+
+
+def _bands(height: int, width: int) -> np.ndarray:
+    """(height, width) which of `DISTANCES` a pixel is at least away from the border."""
+    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))
+    return np.digitize(np.minimum.outer(rows, columns), DISTANCES) - 1
 
 
 def _centred(levels: int, length: int, crop: int) -> int:

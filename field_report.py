@@ -31,7 +31,8 @@ from files import write_text
 from unet import UNet
 
 ENERGIES = {"r50": 0.5, "r90": 0.9, "r95": 0.95}
-DEAD = 1e-6  # of the norm of the gradient: float32 rounds a sum of as many terms as a network has to no better
+FAINT = 1e-6  # of the norm of the gradient
+NEAR = 16  # pixels from a crop's border, one of DISTANCES
 ALL = "all"
 
 
@@ -135,11 +136,15 @@ def field_rows(run: Run) -> list[dict]:
                 energy = field.energy.sum(1) if logit is None else field.energy[:, logit]
                 samples = weights @ energy                                           # (1 + R, rings)
                 sizes = {name: radii(samples, share) for name, share in ENERGIES.items()}
+                even = weights @ (energy / np.maximum(energy.sum(-1, keepdims=True), 1e-300))
+                sizes |= {f"{name}_even": radii(even, share) for name, share in ENERGIES.items()}
                 sizes["area_share"] = math.pi * sizes["r95"] ** 2 / exact
                 strength = field.map(region, logit)
                 _, sigma, error, misfit = fit_gaussian(strength)
+                parts = weights[0] * energy.sum(-1)                                  # (S,)
                 row = {"run": run.entry.name, "weights": kind[0], "input": kind[1], "inside": run.name_of(region),
                        "logit": run.name_of(logit), "pixels": int(chosen.sum()),
+                       "effective_pixels": parts.sum() ** 2 / (parts**2).sum() if parts.any() else math.nan,
                        "tiles": len(set(field.pixels.tiles[chosen])) if kind[1] == "tiles" else 0, "groups": groups}
                 for name, values in sizes.items():
                     number = _interval(values, groups)
@@ -170,22 +175,23 @@ def path_rows(run: Run) -> list[dict]:
                     number = _interval(values, groups)
                     row |= {column: number["value"], f"{column}_low": number["low"], f"{column}_high": number["high"]}
             rows.append(row | {"energy_alone": alone, "r95_alone": float(radii(by_ring, 0.95)[0]),
-                               "dead": bool(not alone > DEAD**2)})
+                               "dead": bool(not alone > 0)})
     return rows
 
 
 def dead_lines(run: Run, rows: Sequence[dict]) -> list[str]:
-    """A sentence for each path that no gradient passes, or less than rounding takes from the others."""
+    """A sentence for each path that no gradient passes, or hardly any."""
     shares = [row["energy_alone"] for row in rows if row["inside"] == ALL]
     names, lines = field_theory.path_names(run.levels), []
-    alive = [path for path, share in enumerate(shares, start=1) if share > DEAD**2]
+    alive = [path for path, share in enumerate(shares, start=1) if share > 0]
     if not alive:
         return [f"{run.entry.name}: no gradient reaches the input at all."]
     for path, share in enumerate(shares, start=1):
-        if path in alive:
-            continue
-        passing = f"{math.sqrt(share):.0e} of the gradient passes" if share else "no gradient passes"
-        lines.append(f"{run.entry.name}: the {names[path - 1]} is dead, {passing} it.")
+        if path not in alive:
+            lines.append(f"{run.entry.name}: the {names[path - 1]} is dead, no gradient passes it.")
+        elif share < FAINT**2:
+            lines.append(f"{run.entry.name}: the {names[path - 1]} is as good as dead, only {math.sqrt(share):.0e} of "
+                         "the gradient passes it.")
     if max(alive) < run.levels:
         lines[-1] += (f" What is left is the field of the {names[max(alive) - 1]}, "
                       f"{field_theory.sizes(run.levels, max(alive))} px in the place of "
@@ -214,10 +220,15 @@ def border_numbers(run: Run) -> dict:
     numbers["by_distance"] = [{"from_px": DISTANCES[i], **_interval(accuracy[:, i], units)}
                               for i in range(len(DISTANCES)) if pixels[0, i]]
     if border.moved is not None:
-        total, alone, within = (weights @ border.moved).T
-        numbers["crop"] = {"size": border.crop, "share": field_theory.padded_share(levels, border.crop, border.crop),
-                           "alone": _interval(alone / total, units), "within": _interval(within / total, units),
-                           "difference": _interval((alone - within) / total, units)}
+        total, alone, within = np.moveaxis(np.einsum("rn,ndc->rdc", weights, border.moved), -1, 0)
+        near = np.array(DISTANCES) < NEAR
+        sums = [counts[:, near].sum(1) for counts in (total, alone, within)]
+        numbers["crop"] = {"size": border.crop, "nearer_than_px": NEAR,
+                           "alone": _interval(sums[1] / sums[0], units), "within": _interval(sums[2] / sums[0], units),
+                           "difference": _interval((sums[1] - sums[2]) / sums[0], units),
+                           "difference_by_distance": [
+                               {"from_px": DISTANCES[i], **_interval((alone - within)[:, i] / total[:, i], units)}
+                               for i in range(len(DISTANCES)) if total[0, i]]}
     return numbers
 
 
@@ -232,16 +243,17 @@ def contents(runs: Sequence[Run]) -> dict:
             "data_root": run.questions.config.data.root, "split": run.questions.split,
             "tiles_sha256": run.questions.tiles_sha256, "doubts": run.questions.doubts,
             "precision": str(run.precision).removeprefix("torch."), "device": str(run.entry.device),
-            "theory": {"size": {str(members): last - first + 1 for members, first, last in
-                                field_theory.alignments(levels)},
-                       "alignments": [{"r": members, "first": first, "last": last} for members, first, last in
+            "theory": {"alignments": [{"r": members, "first": first, "last": last} for members, first, last in
                                       field_theory.alignments(levels)],
                        "area": field_theory.area(levels),
                        "paths": {name: field_theory.sizes(levels, path) for path, name in
                                  enumerate(field_theory.path_names(levels), start=1)},
                        "padded_share": {str(n): field_theory.padded_share(levels, n, n)
                                         for n in field_theory.PADDED_SIZES}},
-            "fields": field_rows(run), "paths": paths, "dead": dead_lines(run, paths), "border": border_numbers(run),
+            "fields": field_rows(run), "paths": paths, "dead": dead_lines(run, paths),
+            "without_pixels": [f"{run.entry.name}: no pixel of {name} lies far enough from the borders of its tile."
+                               for k, name in enumerate(run.classes) if k not in run.regions(TRAINED)],
+            "border": border_numbers(run),
         })
     return {"radii": "smallest disc that holds 50, 90 and 95 % of the squared gradient, in steps of a quarter pixel",
             "area_share": "the disc of r95 as a share of the theoretical field's area, mean over alignments",
@@ -284,22 +296,26 @@ def summary(found: dict) -> str:
         for row in run["fields"]:
             if row["logit"] == ALL and (row["weights"] == "trained" or row["inside"] == ALL):
                 span = f"{_shown(row['r95_low'], '.2f')} to {_shown(row['r95_high'], '.2f')}"
-                fields.append([row["run"], row["weights"], row["input"], row["inside"], str(row["pixels"]),
+                fields.append([row["run"], row["weights"], row["input"], row["inside"],
+                               f"{_shown(row['effective_pixels'], '.0f')} of {row['pixels']}",
                                *(_shown(row[name], ".2f") for name in ENERGIES),
                                span if math.isfinite(row["r95_low"]) else "-",
-                               f"{_shown(row['sigma'], '.2f')} +- {_shown(row['sigma_error'], '.2f')}",
-                               _shown(row["misfit"], ".0%"), _shown(row["area_share"], ".2%")])
+                               f"{_shown(row['sigma'], '.2f')} +- {_shown(row['sigma_error'], '.3f')}",
+                               _shown(row["misfit"], ".0%"), _shown(row["area_share"], ".2%"),
+                               _shown(row["r95_even"], ".2f")])
     paths = [[row["run"], row["path"], row["field"],
               *(percent(row[name]) for name in ("gradient_x_activation", "energy_alone", "energy_without")),
               _shown(row["r95_alone"], ".2f")]
              for run in found["runs"] for row in run["paths"] if row["inside"] == ALL]
-    header = ["run", "weights", "input", "inside", "pixels", "r50", "r90", "r95 px", "95 % interval", "sigma px",
-              "misfit", "of theory"]
+    header = ["run", "weights", "input", "inside", "eff. pixels", "r50", "r90", "r95 px", "95 % interval", "sigma px",
+              "misfit", "of theory", "even r95"]
     lines = [table(header, fields), "",
-             table(["run", "path by the", "exact px", "gradient x act.", "energy alone", "left without", "r95 alone"],
-                   paths), ""]
+             "Effective pixels: so many equal ones would carry the energy as evenly; are they few, raise --pixels.",
+             "Even r95: with every pixel's energy scaled to the same sum, so that none counts for more than another.",
+             "", table(["run", "path by the", "exact px", "gradient x act.", "energy alone", "left without",
+                        "r95 alone"], paths), ""]
     for run in found["runs"]:
-        lines += [*run["dead"], *about_border(run)]
+        lines += [*run["without_pixels"], *run["dead"], *about_border(run)]
     return "\n".join(lines)
 
 
@@ -315,9 +331,9 @@ def about_border(run: dict) -> list[str]:
                  f"tissue: {change}; Dice {dice}."]
     if "crop" in border:
         crop = border["crop"]
-        lines.append(f"{name}: the same pixels, at the border of {crop['size']} x {crop['size']} crops, have "
-                     f"{crop['alone']['value']:.4f} if the crop is all that is seen and {crop['within']['value']:.4f} "
-                     f"in the whole tile: {_with_span(crop['difference'], '+.4f')}.")
+        lines.append(f"{name}: the same pixels, within {crop['nearer_than_px']} px of the border of {crop['size']} "
+                     f"x {crop['size']} crops, have {crop['alone']['value']:.4f} if the crop is all that is seen and "
+                     f"{crop['within']['value']:.4f} in the whole tile: {_with_span(crop['difference'], '+.4f')}.")
     return lines
 
 
@@ -393,7 +409,7 @@ def write(folder: Path, runs: Sequence[Run], formats: Sequence[str]) -> dict:
         "inputs": figures.field_panels([(run.entry.name, panels(run)) for run in runs]),
         "paths": figures.path_shares([(run["name"], [row for row in run["paths"] if row["inside"] == ALL])
                                       for run in found["runs"]]),
-        "border": figures.border_accuracy({run["name"]: run["border"]["by_distance"] for run in found["runs"]}),
+        "border": figures.border_accuracy({run["name"]: run["border"] for run in found["runs"]}),
     }
     for name, figure in drawn.items():
         for kind in formats:

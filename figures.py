@@ -360,20 +360,26 @@ def path_shares(runs: Sequence[tuple[str, Sequence[dict]]]) -> Figure:
     return figure
 
 
-def border_accuracy(runs: dict[str, Sequence[dict]]) -> Figure:
-    """Accuracy with its interval by distance to the tile's border, for each run a value for each band of distances."""
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
-    axis = figure.subplots()
-    starts = sorted({band["from_px"] for bands in runs.values() for band in bands})
-    for number, (name, bands) in enumerate(runs.items()):
-        places = [starts.index(band["from_px"]) + 0.06 * (number - (len(runs) - 1) / 2) for band in bands]
-        values = np.array([[band["value"], band["low"], band["high"]] for band in bands])
-        spans = np.nan_to_num(np.abs(values[:, 1:] - values[:, :1]).T)
-        axis.errorbar(places, values[:, 0], spans, marker="o", markersize=4, capsize=3, linewidth=1.2,
-                      color=ENTRIES[number % len(ENTRIES)], label=name)
-    bands = [f"{start} to {end - 1}" for start, end in pairwise(starts)] + [f"from {starts[-1]}"]
-    axis.set(xticks=range(len(starts)), xticklabels=bands, xlabel="pixels from the tile's border",
-             ylabel="accuracy (95 % interval)")
-    axis.grid(alpha=0.25)
-    axis.legend(handles=axis.containers, fontsize=8)
+def border_accuracy(runs: dict[str, dict]) -> Figure:
+    """For each run its "border" in fields.json: accuracy by distance to the border, and what crops alone lose."""
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+    panels = [("tile's", "accuracy, on other tissue at each distance",
+               {name: border["by_distance"] for name, border in runs.items()}),
+              ("crop's", "the same pixels: crop alone minus whole tile",
+               {name: border["crop"]["difference_by_distance"] for name, border in runs.items() if "crop" in border})]
+    for axis, (whose, title, by_distance) in zip(figure.subplots(1, 2), panels, strict=True):
+        starts = sorted({band["from_px"] for bands in by_distance.values() for band in bands})
+        for number, (name, bands) in enumerate(by_distance.items()):
+            places = [starts.index(band["from_px"]) + 0.06 * (number - (len(runs) - 1) / 2) for band in bands]
+            values = np.array([[band["value"], band["low"], band["high"]] for band in bands])
+            spans = np.nan_to_num(np.abs(values[:, 1:] - values[:, :1]).T)
+            axis.errorbar(places, values[:, 0], spans, marker="o", markersize=4, capsize=3, linewidth=1.2,
+                          color=ENTRIES[number % len(ENTRIES)], label=name)
+        ends = [f"to {after - 1}" for after in starts[1:]] + ["or more"] * bool(starts)
+        axis.set(xticks=range(len(starts)), xticklabels=[f"{a} {b}" for a, b in zip(starts, ends, strict=True)],
+                 xlabel=f"pixels from the {whose} border", ylabel="accuracy (95 % interval)")
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.legend(handles=axis.containers, fontsize=8)
     return figure

@@ -152,6 +152,8 @@ def main() -> None:
     out = args.out or destination(entries, args.split)
     sources = [*(entry.source for entry in entries), *(Path(entry.config.data.root) for entry in entries)]
     refuse_loss(out, sources, None if args.out else sources)
+    if out.is_dir() and any(out.iterdir()) and not (out / "fields.json").is_file():
+        raise UserError(f"{out} would be replaced, but holds results of something else; choose another folder")
     import field_report
 
     found = measured(entries, args.split, args.pixels, args.precision)

@@ -327,6 +327,11 @@ def test_pixels_lie_where_they_should(trained):
     shares = np.bincount(store[questions.rows][..., 3].ravel()) / store[questions.rows][..., 3].size
     assert np.allclose(pixels.shares, shares)
     again = field_measurement.draw_pixels(entry, questions, 12)
+    for levels in (1, 3, 5):
+        block = 2 ** (levels - 1)
+        drawn = field_measurement._alignments(np.random.default_rng(1), 2 * block**2, levels)
+        assert all(sorted(drawn[i:i + block, axis]) == list(range(block)) for i in range(0, len(drawn), block)
+                   for axis in (0, 1)) and len(np.unique(drawn[:block**2], axis=0)) == block**2
     assert (again.corners == pixels.corners).all() and (again.tiles == pixels.tiles).all()
 
 
@@ -338,6 +343,9 @@ def test_a_class_that_is_nowhere_has_no_pixels(trained):
     changed = SimpleNamespace(store=store, rows=questions.rows, config=questions.config)
     pixels = field_measurement.draw_pixels(entry, changed, 5)
     assert np.bincount(pixels.classes, minlength=3).tolist() == [5, 5, 0] and pixels.shares[2] > 0
+    store[0, 8, 8, 3] = 2  # one of the four alignments reaches it
+    pixels = field_measurement.draw_pixels(entry, changed, 8)
+    assert pixels.places[pixels.classes == 2].tolist() == [[8, 8], [8, 8]]
 
 
 def test_inputs_are_the_normalised_cuts(trained):
@@ -393,7 +401,7 @@ def test_borders_are_counted_pixel_by_pixel(trained):
     for number, tile in enumerate(border.tiles[:3]):
         image = torch.from_numpy(np.array(store[questions.rows[tile]][..., :3]))
         target, labels = store[questions.rows[tile]][..., 3], entry.predictor.labels(image)
-        confusion, distances, moved = np.zeros((2, 3, 3), int), np.zeros((8, 2), int), np.zeros(3, int)
+        confusion, distances, moved = np.zeros((2, 3, 3), int), np.zeros((8, 2), int), np.zeros((8, 3), int)
         alone = entry.predictor.labels(image[16:32, 12:28])
         for y in range(height):
             for x in range(width):
@@ -404,12 +412,11 @@ def test_borders_are_counted_pixel_by_pixel(trained):
                 band = max(i for i, start in enumerate(field_measurement.DISTANCES) if start <= distance)
                 distances[band] += [labels[y, x] == target[y, x], 1]
                 if 16 <= y < 32 and 12 <= x < 28:
-                    fields = [field_theory.receptive_field(levels, p) for p in (y - 16, x - 12)]
-                    if any(a < 0 or b > 15 for a, b in fields):
-                        moved += [1, alone[y - 16, x - 12] == target[y, x], labels[y, x] == target[y, x]]
+                    band = 1 if min(y - 16, x - 12, 31 - y, 27 - x) >= 4 else 0
+                    moved[band] += [1, alone[y - 16, x - 12] == target[y, x], labels[y, x] == target[y, x]]
         assert (border.confusion[number] == confusion).all()
         assert (border.by_distance[number] == distances).all()
-        assert (border.moved[number] == moved).all() and moved[0] > 0
+        assert (border.moved[number] == moved).all() and moved.sum(0)[0] == 256
 
 
 def kill(run, change):
@@ -458,6 +465,11 @@ def test_the_rows_are_of_their_pixels_and_their_logits(trained):
             energy = sum(field.energy[i, logit] for i in range(len(field.pixels)) if field.pixels.classes[i] == inside)
             for column, share in field_report.ENERGIES.items():
                 assert rows[name, other][column] == field_report.radii(energy, share)
+                even = sum(field.energy[i, logit] / field.energy[i, logit].sum()
+                           for i in np.flatnonzero(field.pixels.classes == inside))
+                assert rows[name, other][f"{column}_even"] == field_report.radii(even, share)
+            each = [field.energy[i, logit].sum() for i in np.flatnonzero(field.pixels.classes == inside)]
+            assert rows[name, other]["effective_pixels"] == pytest.approx(sum(each) ** 2 / sum(e * e for e in each))
             fit = field_report.fit_gaussian(field.maps[inside, logit])
             assert (rows[name, other]["sigma"], rows[name, other]["misfit"]) == fit[1::2]
     assert len({row["sigma"] for row in rows.values()}) == 16
@@ -507,7 +519,17 @@ def test_a_dead_skip_is_said_and_the_field_stays(trained, command, capsys):
 def test_a_faint_level_is_as_good_as_dead(trained, command, capsys):
     kill(trained, lambda weights: weights["up.0.weight"].mul_(1e-9))
     command(trained, "--pixels", 6, "--precision", "float32")
-    assert "the bottleneck is dead, " in capsys.readouterr().out.replace("no gradient", "none")
+    out = capsys.readouterr().out
+    assert "the bottleneck is as good as dead, only " in out and "What is left" not in out
+
+
+def test_results_of_other_tools_are_not_replaced(trained, command, tmp_path):
+    from files import replacing_folder
+    with replacing_folder(tmp_path / "evaluation") as partial:
+        (partial / "scores.json").write_text("{}")
+    with pytest.raises(UserError, match="holds results of something else"):
+        command(trained, "--out", tmp_path / "evaluation")
+    assert (tmp_path / "evaluation/scores.json").exists()
 
 
 def test_runs_of_other_shapes_side_by_side(trained, tiny, command, capsys):
