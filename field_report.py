@@ -13,6 +13,7 @@
 import csv
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def gaussian(distance: np.ndarray, height: float, sigma: float) -> np.ndarray:
 def fit_gaussian(strength: np.ndarray) -> tuple[float, float, float, float]:
     """Height, sigma in pixels, sigma's standard error and the misfit of a round Gaussian around the centre of a map.
 
-    By least squares; the misfit is the residual's norm as a share of the map's. NaN where there is nothing to fit.
+    By least squares; the misfit is the residual's norm as a share of the map's. NaN where nothing can be
+    fitted.
     """
     steps = np.arange(len(strength)) - len(strength) // 2
     distance = np.hypot.outer(steps, steps)
@@ -104,9 +106,9 @@ def fit_gaussian(strength: np.ndarray) -> tuple[float, float, float, float]:
         return (math.nan,) * 4
     scaled = (strength / highest).ravel()
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore", category=OptimizeWarning):
             (height, sigma), covariance = curve_fit(gaussian, distance.ravel(), scaled, p0=(scaled.max(), 2.0))
-    except (RuntimeError, OptimizeWarning):
+    except RuntimeError:  # it does not converge
         return (math.nan,) * 4
     residual = scaled - gaussian(distance.ravel(), height, sigma)
     return height * highest, abs(sigma), math.sqrt(covariance[1, 1]), np.linalg.norm(residual) / np.linalg.norm(scaled)

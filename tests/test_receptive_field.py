@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,6 +262,8 @@ def test_the_fit_finds_a_gaussian_and_says_how_far_others_are_from_one():
     best = min(np.linalg.norm(spike - a * np.exp(-distance**2 / (2 * sigma**2))) for a in np.linspace(0.1, 1, 1000))
     assert misfit == pytest.approx(best / np.linalg.norm(spike), rel=1e-4) and misfit > 0.1
     assert all(map(math.isnan, field_report.fit_gaussian(np.zeros((5, 5)))))
+    with warnings.catch_warnings(action="error"):
+        assert not field_report.fit_gaussian(np.eye(9)[4] * np.eye(9)[4][:, None])[1] > 0.7  # one pixel: tiny or none
 
 
 def test_the_extent_is_where_the_map_is_not_zero():
