@@ -33,7 +33,6 @@ RINGS = 4  # for each pixel of distance
 PIXELS_AT_ONCE = 2**18  # of the input: six cuts of the report's network
 BORDER_TILES = 100  # at most
 DISTANCES = (0, 4, 8, 16, 32, 64, 128, 256)  # pixels from a tile's border
-
 FREE_PIXELS = 32  # of inputs that are no tiles
 TRAINED, UNTRAINED = ("trained", "tiles"), ("untrained", "tiles")
 
@@ -209,9 +208,8 @@ class Field:
 
     def map(self, region: int | None, logit: int | None) -> np.ndarray:
         """(D, D) mean |gradient| over the pixels of a class (None: all) of the logit of a class (None: mean of all)."""
-        present = np.bincount(self.pixels.classes, minlength=len(self.maps)) > 0
-        shares = self.pixels.shares * present if region is None else np.eye(len(self.maps))[region]
-        mean = np.tensordot(shares / shares.sum(), self.maps, 1)                     # (K, D, D)
+        weights = np.bincount(self.pixels.classes, self.pixels.weights(region), len(self.maps))
+        mean = np.tensordot(weights, self.maps, 1)                                   # (K, D, D)
         return mean.mean(0) if logit is None else mean[logit]
 
 
@@ -279,7 +277,7 @@ def as_published(model: UNet, bottleneck: bool = True) -> tuple[int, int]:
     """The report's size of the field, and the output pixel it is of: zeros in, the gradient of the first class's logit
     at one pixel with respect to the first channel, last row that is not zero minus the first one.
 
-    Without `bottleneck` no gradient passes it.
+    Without `bottleneck` no gradient passes it. The model is moved to the CPU.
     """
     levels = len(model.encoder)
     side = max(256, smallest_cut(levels).size)

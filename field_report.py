@@ -96,8 +96,8 @@ def gaussian(distance: np.ndarray, height: float, sigma: float) -> np.ndarray:
 def fit_gaussian(strength: np.ndarray) -> tuple[float, float, float, float]:
     """Height, sigma in pixels, sigma's standard error and the misfit of a round Gaussian around the centre of a map.
 
-    By least squares; the misfit is the residual's norm as a share of the map's. NaN where nothing can be
-    fitted.
+    By least squares; the misfit is the residual's norm as a share of the map's. NaN where no fit is
+    found.
     """
     steps = np.arange(len(strength)) - len(strength) // 2
     distance = np.hypot.outer(steps, steps)
@@ -224,10 +224,11 @@ def border_numbers(run: Run) -> dict:
     if border.moved is not None:
         total, alone, within = np.moveaxis(np.einsum("rn,ndc->rdc", weights, border.moved), -1, 0)
         near = np.array(DISTANCES) < NEAR
-        sums = [counts[:, near].sum(1) for counts in (total, alone, within)]
+        pixels, right_alone, right_within = (some[:, near].sum(1) for some in (total, alone, within))
         numbers["crop"] = {"size": border.crop, "nearer_than_px": NEAR,
-                           "alone": _interval(sums[1] / sums[0], units), "within": _interval(sums[2] / sums[0], units),
-                           "difference": _interval((sums[1] - sums[2]) / sums[0], units),
+                           "alone": _interval(right_alone / pixels, units),
+                           "within": _interval(right_within / pixels, units),
+                           "difference": _interval((right_alone - right_within) / pixels, units),
                            "difference_by_distance": [
                                {"from_px": DISTANCES[i], **_interval((alone - within)[:, i] / total[:, i], units)}
                                for i in range(len(DISTANCES)) if total[0, i]]}

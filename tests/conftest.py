@@ -76,3 +76,14 @@ def tiny(tiles_root):
     settings = config.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={tiles_root}"])
     write_tiles(tiles_root / TILE_LIST, data_filter.filter_tiles(settings).tiles)
     return settings
+
+
+@pytest.fixture
+def trained(tmp_path, tiny, monkeypatch) -> Path:
+    """The run folder of `tiny` after one epoch, in the current folder."""
+    import train
+    from config import apply_overrides
+
+    monkeypatch.chdir(tmp_path)
+    train.start(apply_overrides(tiny, ["train.epochs=1"]))
+    return tmp_path / "runs/tiny"

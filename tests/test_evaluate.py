@@ -21,7 +21,6 @@ import metrics
 import prediction
 import runs
 import train
-from config import apply_overrides
 from console import UserError
 from dataset import normalise
 from files import names
@@ -68,13 +67,6 @@ def test_names_are_drawn_as_they_are(tmp_path):
         for legend in legends:
             assert [text.get_text() for text in legend.get_texts()][-2:] == list(expected), name
         assert legends
-
-
-@pytest.fixture
-def trained(tmp_path, tiny, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train.start(apply_overrides(tiny, ["train.epochs=1"]))
-    return tmp_path / "runs/tiny"
 
 
 @pytest.fixture

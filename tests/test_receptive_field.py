@@ -296,13 +296,6 @@ def test_a_dead_bottleneck_is_found_by_the_reports_procedure():
 # ---------------------------------------------------------------------------------------------- on tiles
 
 @pytest.fixture
-def trained(tmp_path, tiny, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train.start(apply_overrides(tiny, ["train.epochs=1"]))
-    return tmp_path / "runs/tiny"
-
-
-@pytest.fixture
 def command(monkeypatch):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["receptive_field.py", *map(str, arguments)])
