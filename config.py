@@ -144,6 +144,7 @@ class Train:
     batch_size: int = 16
     early_stop: int = 50  # epochs without a new minimum of the survivor's validation loss
     precision: Literal["auto", "bf16", "float32"] = "auto"
+    compile: bool = False  # torch.compile, with CUDA graphs on a GPU
 
     def __post_init__(self):
         for name in ("epochs", "images_per_epoch", "batch_size", "early_stop"):

@@ -28,7 +28,7 @@ from dataset import (
     read_mask,
     read_tiles,
 )
-from hardware import choose_device
+from hardware import choose_device, choose_precision, reuse_memory
 from inference import Predictor
 from unet import UNet
 
@@ -49,6 +49,7 @@ class Entry:
     model: UNet | None = None  # what the predictor runs
     statistics: Statistics | None = None  # of the tiles it was trained with
     flips: bool = False  # the predictor averages over the symmetries
+    precision: torch.dtype = torch.float32  # in which it computes
     run: Path | None = None  # the folder of the trained model
     epoch: int | None = None  # of the checkpoint
     history: tuple[dict, ...] = ()  # the rows of metrics.csv
@@ -83,10 +84,21 @@ class Entry:
         return {"loss": self.config.loss.name, "levels": len(self.config.model.widths),
                 "dropout": self.config.model.dropout, "epochs": len(self.history) or None,
                 "best_epoch": best and best["epoch"], "seconds_per_epoch": median(seconds) if seconds else None,
-                "tested_epoch": self.epoch, "flips": self.flips}
+                "tested_epoch": self.epoch, "flips": self.flips,
+                "precision": str(self.precision).removeprefix("torch.")}
+
+    def for_many(self) -> "Entry":
+        """The same, compiled where it is a model in bfloat16 on a CPU: for a thousand tiles or more, of one size."""
+        if not self.predictor or self.precision != torch.bfloat16 or self.device.type != "cpu":
+            return self
+        return replace(self, predictor=predictor_of(self.model, self.statistics, self.flips, self.precision, True))
 
 
-def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> Entry:
+def predictor_of(model: UNet, statistics: Statistics, flips: bool, precision: torch.dtype, many: bool) -> Predictor:
+    return Predictor.of(model, lambda images: normalise(images, statistics), flips, precision, many)
+
+
+def trained(path: Path, which: str, overrides: Sequence[str], flips: bool, precision: str = "auto") -> Entry:
     """The model of a run folder, or of a checkpoint file; `which` is best, last or the path of a checkpoint."""
     def run_of(file: Path) -> Path:
         return file.parent.parent if file.parent.name == "checkpoints" else file.parent
@@ -107,17 +119,19 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool) -> En
     config = apply_overrides(checkpoint.config, [f"data.root={current.data.root}", f"device={current.device}",
                                                  *overrides], allowed=MAY_CHANGE)
     device = choose_device(config.device)
+    reuse_memory(device)
     model = runs.build_model(config)
     runs.load_weights(model, checkpoint)
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     torch.backends.cudnn.allow_tf32 = False  # on by default, and 10 bits of mantissa are not float32
-    predictor = Predictor.of(model, lambda images: normalise(images, checkpoint.statistics), flips)
+    dtype = choose_precision(precision, device)
+    predictor = predictor_of(model, checkpoint.statistics, flips, dtype, many=False)
     name = (folder.resolve() if folder == path else folder).name or config.name
     of_run = run_of(file.resolve()) == folder.resolve()
     history = runs.read_metrics(folder) if of_run else ()
     return Entry(name if file.name == "best.pt" and of_run else f"{name} ({file.stem})", config, file, device,
-                 checkpoint.tiles_sha256, predictor, model, checkpoint.statistics, flips, folder, checkpoint.epoch,
-                 tuple(history or checkpoint.history))
+                 checkpoint.tiles_sha256, predictor, model, checkpoint.statistics, flips, dtype, folder,
+                 checkpoint.epoch, tuple(history or checkpoint.history))
 
 
 def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:

@@ -6,10 +6,10 @@
     python evaluate.py --predictions other_tool/labels --config configs/dice_ce.yaml
     python evaluate.py runs/dice_ce --images FOLDER
 
-Tiles are computed in float32, mirrored up to the size that the network takes and cropped back. Scores, tables,
-pictures and a page to look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to
-runs/comparison-A-B-C. --images needs no masks: label images, overlays and the areas of the classes go to
-RUN/predictions-FOLDER (prediction.py).
+Tiles are mirrored up to the size that the network takes and cropped back; with bfloat16, which the hardware may have,
+one pixel in a thousand at most changes its class, with --precision float32 none. Scores, tables, pictures and a page to
+look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to runs/comparison-A-B-C. --images
+needs no masks: label images, overlays and the areas of the classes go to RUN/predictions-FOLDER (prediction.py).
 """
 
 import argparse
@@ -31,6 +31,7 @@ from console import Progress, UserError, run
 from entries import MAY_CHANGE, Entry, Questions, ask, distinct, given, in_file_names, listed, trained
 from evaluation_report import Evaluation
 from files import names, refuse_loss, replacing_folder
+from hardware import enough_memory
 from losses import soft_dice
 from parallel import cores
 
@@ -38,6 +39,8 @@ PIXELS_AT_ONCE = 1024 * 1024  # a batch of four 512 x 512 tiles
 TOLERANCE = 3.0  # pixels
 PICTURES = 5
 MOST_PICTURES = 50  # rows of tiles.png
+MANY = 1000  # tiles for which compiling a network pays
+LESS_MEMORY = "close other programs, give smaller images (--images), or compute on the CPU (--device cpu)"
 
 
 def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) -> tuple[metrics.Tally, dict[str, Path]]:
@@ -77,8 +80,9 @@ def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, toleranc
     """Score every entry, replace the folder `out`, return the contents of scores.json."""
     evaluation_report.refuse_unknown_keys(questions, keys)
     with replacing_folder(out, sources_of(entries)) as partial:
-        scored = [score(entry, questions, tolerance, partial / "predictions" / in_file_names(entry.name))
-                  for entry in entries]
+        many = len(questions.tiles) >= MANY
+        scored = [score(entry.for_many() if many else entry, questions, tolerance,
+                        partial / "predictions" / in_file_names(entry.name)) for entry in entries]
         evaluation = Evaluation(questions, list(entries), [tally for tally, _ in scored],
                                 [paths for _, paths in scored], tolerance)
         contents = evaluation_report.write(partial, evaluation, keys, pictures)
@@ -119,14 +123,15 @@ def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[s
                         or (args.tolerance, args.pictures) != (TOLERANCE, PICTURES)):
         raise UserError("--images takes one run, and none of --predictions, --tiles, --split, --pictures, --tolerance: "
                         "python evaluate.py RUN --images FOLDER")
-    if not folders and (args.flips or args.checkpoint != "best"):
-        raise UserError("--flips and --checkpoint go with a run: label images of another tool are scored as they are")
+    if not folders and (args.flips or args.checkpoint != "best" or args.precision != "auto"):
+        raise UserError("--flips and --checkpoint go with a run, and so does --precision: label images of another tool "
+                        "are scored as they are")
     if len(folders) > 1 and args.checkpoint not in ("best", "last"):
         raise UserError("--checkpoint PATH goes with one run; for several name the files in the place of the runs")
     files = [folder for folder in folders if Path(folder).suffix == ".pt"]
     if files and args.checkpoint != "best":
         raise UserError(f"--checkpoint {args.checkpoint} goes with run folders, and {files[0]} is a checkpoint already")
-    entries = [trained(Path(folder), args.checkpoint, overrides, args.flips) for folder in folders]
+    entries = [trained(Path(folder), args.checkpoint, overrides, args.flips, args.precision) for folder in folders]
     if args.predictions:
         config = entries[0].config if entries else load_config(args.config, overrides)
         tiles, rows = listed(config, args.split)
@@ -141,6 +146,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="best", metavar="best|last|PATH", help="(default: %(default)s)")
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="(default: %(default)s)")
     parser.add_argument("--flips", action="store_true", help="average over the 8 flips and turns (8 times the time)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto is bf16 where "
+                        "the hardware has it (default: %(default)s)")
     parser.add_argument("--predictions", action="append", default=[], metavar="FOLDER",
                         help="score label images of another tool, or a pattern with {key} in it; may be given again")
     parser.add_argument("--config", metavar="YAML", help="where the tiles lie, for --predictions without a run")
@@ -169,13 +176,14 @@ def main() -> None:
     reads = [*sources, *(path for entry in entries for path in (entry.labels or {}).values()),
              Path(entries[0].config.data.root), *map(Path, filter(None, [args.config]))]
     refuse_loss(out, reads, None if args.out else sources)
-    if args.images:
-        images = prediction.find_images(args.images)
-        rows = prediction.predict_folder(entries[0], images, out, sources)
-        print(prediction.summary(rows, entries[0].config.data.classes))
-    else:
-        contents = evaluate(entries, ask(entries, args.split), out, args.tolerance, args.tiles, args.pictures)
-        print(evaluation_report.summary(contents))
+    with enough_memory(LESS_MEMORY):
+        if args.images:
+            images = prediction.find_images(args.images)
+            rows = prediction.predict_folder(entries[0], images, out, sources)
+            print(prediction.summary(rows, entries[0].config.data.classes))
+        else:
+            contents = evaluate(entries, ask(entries, args.split), out, args.tolerance, args.tiles, args.pictures)
+            print(evaluation_report.summary(contents))
     print(f"wrote {out}: {names(out)}")
 
 

@@ -242,7 +242,7 @@ def about_scores(contents: dict) -> list[str]:
 def about_models(contents: dict) -> list[str]:
     """Which weights gave the answers, and how."""
     return [f"{entry['name']}: {entry['source']} of epoch {entry['tested_epoch']}"
-            f"{', averaged over the 8 flips and turns' * entry['flips']}."
+            f"{', averaged over the 8 flips and turns' * entry['flips']}. Computed in {entry['precision']}."
             for entry in contents["entries"] if entry.get("tested_epoch")]
 
 

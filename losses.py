@@ -85,8 +85,8 @@ def class_weights(frequencies: Tensor) -> Tensor:
 
 
 def make_loss(name: str, frequencies: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of a config's `loss.name`; only `wce` looks at the class frequencies (K,)."""
+    """The loss of a config's `loss.name`, where the frequencies lie; only `wce` looks at them, (K,)."""
     if name != "wce":
         return LOSSES[name]
-    weights = class_weights(frequencies)
-    return lambda logits, target: cross_entropy(logits, target, weights.to(target.device))
+    weights = class_weights(frequencies.cpu()).to(frequencies.device)
+    return lambda logits, target: cross_entropy(logits, target, weights)

@@ -70,21 +70,20 @@ def published(networks: dict[str, Config], entries: Sequence["Entry"]) -> str:
     return field_report.published(models)
 
 
-def measured(entries: Sequence["Entry"], split: str, count: int, precision: str) -> list["Run"]:
+def measured(entries: Sequence["Entry"], split: str, count: int) -> list["Run"]:
     """Every run on the tiles of its own data root; all that can be refused is refused before anything is computed."""
     import field_measurement
     from entries import ask
     from field_report import Run
-    from hardware import choose_precision
 
     asked = [ask([entry], split) for entry in entries]
     drawn = [field_measurement.draw_pixels(entry, questions, count)
              for entry, questions in zip(entries, asked, strict=True)]
     found = []
     for entry, questions, pixels in zip(entries, asked, drawn, strict=True):
-        dtype = choose_precision(precision, entry.device)
-        fields = field_measurement.measure_run(entry, questions, pixels, dtype)
-        found.append(Run(entry, questions, fields, field_measurement.measure_border(entry, questions), dtype))
+        fields = field_measurement.measure_run(entry, questions, pixels, entry.precision)
+        border = field_measurement.measure_border(entry, questions)
+        found.append(Run(entry, questions, fields, border, entry.precision))
     return found
 
 
@@ -114,8 +113,8 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="(default: %(default)s)")
     parser.add_argument("--pixels", type=int, default=PIXELS, metavar="N", help="output pixels of each class "
                         "(default: %(default)s)")
-    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="of the gradients: "
-                        "auto = bfloat16 where the hardware has it (default: %(default)s)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto is bf16 where "
+                        "the hardware has it (default: %(default)s)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"], help="of the figures (default: png)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN/receptive_field, or for several runs "
                         "receptive_field-A-B-C beside the first)")
@@ -145,7 +144,8 @@ def main() -> None:
 
     if args.device:
         overrides.append(f"device={args.device}")
-    entries = distinct([trained(Path(folder), args.checkpoint, overrides, flips=False) for folder in folders])
+    entries = distinct([trained(Path(folder), args.checkpoint, overrides, flips=False, precision=args.precision)
+                        for folder in folders])
     if args.as_published:
         print(published({} if folders else architectures([], args.config, overrides), entries))
         return
@@ -156,7 +156,7 @@ def main() -> None:
         raise UserError(f"{out} would be replaced, but holds results of something else; choose another folder")
     import field_report
 
-    found = measured(entries, args.split, args.pixels, args.precision)
+    found = measured(entries, args.split, args.pixels)
     with replacing_folder(out, sources) as partial:
         contents = field_report.write(partial, found, args.format)
     print(field_report.summary(contents))

@@ -44,23 +44,28 @@ from dataset import (
     open_store,
     picture_size,
     read_tiles,
+    store_on,
     torch_seed,
     training_crops,
     validation_crops,
 )
-from hardware import autocast, choose_device, choose_precision, peak_memory_mb
+from hardware import autocast, choose_device, choose_precision, enough_memory, peak_memory_mb, reuse_memory
 from losses import make_loss
 from unet import UNet
 
 RESUME_MAY_CHANGE = ("device", "data.root", "train.epochs", "train.early_stop")
 SECONDS_BETWEEN_FIGURES = 60
+LESS_MEMORY = ("start a new run with a smaller train.batch_size (half of it needs half the memory), a smaller "
+               "data.crop (half of it needs a quarter) or smaller model.widths")
+
+Snapshot = tuple[dict, dict]  # the state dicts of model and optimizer
 
 
 @dataclass(frozen=True)
 class TrainingSet:
     """The packed tiles, which of them train, and what is known of those."""
 
-    store: np.ndarray  # (N, H, W, 4) uint8
+    store: np.ndarray | Tensor  # (N, H, W, 4) uint8: mapped into memory, or on the GPU
     rows: np.ndarray  # (training tiles,) rows of the store
     groups: list[str]  # one for each of `rows`
     statistics: Statistics
@@ -74,18 +79,40 @@ class Learner:
     model: UNet
     optimizer: torch.optim.Optimizer
     scheduler: ReduceLROnPlateau
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]  # of the network's answer to images (B, 3, H, W), given targets (B, H, W)
     device: torch.device
     precision: torch.dtype
 
-    def snapshot(self) -> tuple[dict, dict]:
-        """Copies of weights and Adam state; the state dicts themselves are live views."""
-        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+    @property
+    def state(self) -> Snapshot:
+        """Weights and Adam state as they are: the tensors are those that training changes."""
+        return self.model.state_dict(), self.optimizer.state_dict()
 
-    def restore(self, snapshot: tuple[dict, dict]) -> None:
-        model, optimizer = snapshot
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict(copy.deepcopy(optimizer))  # it keeps the tensors that it is given
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """A copy of weights and Adam state; `into` an earlier one, where there is one."""
+        if into is None:
+            return copy.deepcopy(self.state)
+        copy_state(self.state, into)
+        return into
+
+    def restore(self, snapshot: Snapshot) -> None:
+        copy_state(snapshot, self.state)
+
+
+def copy_state(source: Snapshot, target: Snapshot) -> None:
+    """Copy every tensor in place, those of one dtype together."""
+    pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for value, place in zip(*map(tensors_of, (source, target)), strict=True):
+        values, places = pairs.setdefault(value.dtype, ([], []))
+        values.append(value)
+        places.append(place)
+    for values, places in pairs.values():
+        torch._foreach_copy_(places, values)
+
+
+def tensors_of(state: Snapshot) -> list[Tensor]:
+    model, optimizer = state
+    return [*model.values(), *(value for moments in optimizer["state"].values() for value in moments.values())]
 
 
 def prepare_data(config: Config) -> TrainingSet:
@@ -107,7 +134,8 @@ def prepare_data(config: Config) -> TrainingSet:
                         f"set data.crop={min(height, width) // multiple * multiple} or a smaller multiple of "
                         f"{multiple}")
     store = open_store(root, tiles, config.data.greys)
-    return TrainingSet(store, rows, groups, measure(store, rows, len(config.data.classes)), sha)
+    statistics = measure(store, rows, len(config.data.classes))
+    return TrainingSet(store_on(choose_device(config.device), store), rows, groups, statistics, sha)
 
 
 def warn_of_groups(config: Config, tiles: list[Tile]) -> None:
@@ -128,20 +156,34 @@ def warn_of_groups(config: Config, tiles: list[Tile]) -> None:
 def build_learner(config: Config, statistics: Statistics) -> Learner:
     """The network with its first weights, Adam, scheduler and loss of a config."""
     device = choose_device(config.device)
+    reuse_memory(device)
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
     model = runs.build_model(config).to(device, memory_format=torch.channels_last)
     optim = config.optim
-    optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay,
-                                 fused=device.type in ("cpu", "cuda"))
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=fused)
+    for weight in model.parameters():  # what its first step would make; from the start, so that there is all to copy
+        optimizer.state[weight] = {"step": torch.zeros((), device=device if fused else None),
+                                   "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
     # a relative threshold takes the worsening of a negative loss for progress, and the Dice losses are negative
     scheduler = ReduceLROnPlateau(optimizer, factor=optim.factor, patience=optim.patience, min_lr=optim.min_lr,
                                   threshold_mode="abs")
     try:
-        loss = make_loss(config.loss.name, torch.tensor(statistics.frequencies))
+        loss = make_loss(config.loss.name, torch.tensor(statistics.frequencies, device=device))
     except ValueError as error:
         raise UserError(f"loss.name=wce: {error} (classes {', '.join(config.data.classes)})") from None
-    return Learner(model, optimizer, scheduler, loss, device, choose_precision(config.train.precision, device))
+    precision = choose_precision(config.train.precision, device)
+
+    def loss_of_answer(images: Tensor, target: Tensor) -> Tensor:
+        with autocast(device, precision):
+            logits = model(images)                                                   # (B, K, H, W)
+        return loss(logits, target)
+
+    if config.train.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs: one launch for all of a pass
+        loss_of_answer = torch.compile(loss_of_answer, mode=mode, dynamic=False)
+    return Learner(model, optimizer, scheduler, loss_of_answer, device, precision)
 
 
 def pass_over(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int, training: bool,
@@ -149,19 +191,19 @@ def pass_over(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int
     """One pass over `crops`, with weight updates if `training`; the mean loss over its images."""
     learner.model.train(training)
     total, seen = torch.zeros((), device=learner.device), 0
+    shown = torch.zeros((), pin_memory=learner.device.type == "cuda")  # the mean so far, read without waiting for a GPU
     with torch.set_grad_enabled(training):
-        for batch in crops.batches(data.store, batch_size):                          # (B, size, size, 4) uint8
-            batch = torch.from_numpy(batch).to(learner.device)
-            with autocast(learner.device, learner.precision):
-                logits = learner.model(normalise(batch[..., :3], data.statistics))   # (B, K, size, size)
-            loss = learner.loss(logits, batch[..., 3].long())
+        for batch in crops.batches_on(learner.device, data.store, batch_size):       # (B, size, size, 4) uint8
+            images = normalise(batch[..., :3], data.statistics)                      # (B, 3, size, size)
+            loss = learner.loss(images, batch[..., 3].long())
             if training:
-                learner.optimizer.zero_grad()
                 loss.backward()
                 learner.optimizer.step()
+                learner.optimizer.zero_grad()
             total += loss.detach() * len(batch)
             seen += len(batch)
-            progress.advance(len(batch), note=f"loss {total.item() / seen:.4f}")
+            shown.copy_(total / seen, non_blocking=True)
+            progress.advance(len(batch), note=f"loss {shown:.4f}")
     return total.item() / seen
 
 
@@ -170,7 +212,7 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
     plan, keys = config.train, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
     folds = [data.rows[fold] for fold in
              draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch)]
-    start, best, survivor, val_losses = learner.snapshot(), math.inf, None, []
+    start, best, survivor, kept, val_losses = learner.snapshot(), math.inf, None, None, []
     with Progress("", plan.folds * plan.images_per_epoch, "image") as progress:
         for fold in range(plan.folds):
             progress.title = f"epoch {epoch}/{plan.epochs} fold {fold + 1}/{plan.folds}"
@@ -181,13 +223,13 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
             val_losses.append(val_loss)
             if val_loss < best:  # false for NaN, which argmin would keep
                 best = val_loss
-                survivor = {"survivor": fold, "train_loss": train_loss, "val_loss": val_loss}, learner.snapshot()
+                survivor = {"survivor": fold, "train_loss": train_loss, "val_loss": val_loss}
+                kept = learner.snapshot(into=kept)
     if survivor is None:
         raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}); what earlier epochs "
                         "wrote is kept. Start a new run with a lower optim.lr, or with train.precision=float32")
-    row, snapshot = survivor
-    learner.restore(snapshot)
-    return row | {f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}
+    learner.restore(kept)
+    return survivor | {f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}
 
 
 def moving_average(previous: float | None, value: float, alpha: float) -> float:
@@ -249,16 +291,17 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
 def resumable(folder: Path) -> Iterator[None]:
     """On Ctrl-C say how to go on; a run that fails before its first checkpoint leaves no folder behind."""
     try:
-        yield
+        with enough_memory(LESS_MEMORY):
+            yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: python train.py --resume {shlex.quote(str(folder))}") from None
-    except torch.OutOfMemoryError as error:
-        runs.remove_if_empty(folder)
-        raise UserError(f"the GPU's memory is too small ({str(error).splitlines()[0]}): set a smaller "
-                        "train.batch_size, data.crop or model.widths") from None
     except UserError:
         runs.remove_if_empty(folder)
         raise
+    except torch._dynamo.exc.TorchDynamoException as error:
+        runs.remove_if_empty(folder)
+        raise UserError(f"train.compile: the network cannot be compiled here ({str(error).strip().splitlines()[0]}). "
+                        "It needs a C++ compiler, or on a GPU Triton; set train.compile=false") from None
 
 
 def start(config: Config) -> None:
