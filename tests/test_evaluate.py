@@ -522,7 +522,7 @@ def test_no_tiles_and_lost_masks(trained, command, tmp_path):
 
 
 def test_predictions_are_normalised_with_the_training_statistics(trained):
-    entry = evaluate.trained(trained, "best", [], flips=False)
+    entry = evaluate.trained(trained, "best", [], flips=False, precision="float32")
     checkpoint = runs.load_checkpoint(trained / "checkpoints/best.pt")
     model = runs.build_model(checkpoint.config)
     runs.load_weights(model, checkpoint)

@@ -304,7 +304,7 @@ def command(monkeypatch):
 
 
 def entry_of(run):
-    entry = entries.trained(run, "best", [], flips=False)
+    entry = entries.trained(run, "best", [], flips=False, precision="float32")
     return entry, entries.ask([entry], "all")
 
 
@@ -452,7 +452,7 @@ def test_a_run_and_its_numbers(trained, command, capsys):
 
 def test_the_rows_are_of_their_pixels_and_their_logits(trained):
     entry, _ = entry_of(trained)
-    run, = receptive_field.measured([entry], "all", 5, "float32")
+    run, = receptive_field.measured([entry], "all", 5)
     field = run.fields[field_report.TRAINED]
     rows = {(row["inside"], row["logit"]): row for row in field_report.field_rows(run) if row["input"] == "tiles"
             and row["weights"] == "trained"}
