@@ -9,6 +9,7 @@ network is computed as it was trained; bfloat16 is for speed, and computes it fo
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ def compiled(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
     Compiling takes seconds and is for many inputs. Where it cannot be done, for want of a compiler, all is as before.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which is not needed
     fast, shape = torch.compile(network, dynamic=False, options={"freezing": True}), None
 
     def answer(images: Tensor) -> Tensor:

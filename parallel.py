@@ -54,19 +54,29 @@ def spread(workers: int) -> Iterator[Map]:
 
 
 @contextmanager
-def _for_workers() -> Iterator[None]:
-    """What processes that start here inherit: one thread each, since they share the cores, and no ear for Ctrl-C."""
-    before = dict(os.environ)
-    for name in ONE_THREAD:
-        os.environ.setdefault(name, "1")
-    main = threading.current_thread() is threading.main_thread()  # no other may touch signals
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+def single_threaded() -> Iterator[None]:
+    """The libraries of processes that start here use one thread."""
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
     try:
         yield
     finally:
-        for name in ONE_THREAD:
-            if name not in before:
+        for name, value in before.items():
+            if value is None:
                 del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _for_workers() -> Iterator[None]:
+    """What processes that start here inherit: one thread each, since they share the cores, and no ear for Ctrl-C."""
+    main = threading.current_thread() is threading.main_thread()  # no other may touch signals
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        with single_threaded():
+            yield
+    finally:
         if main:
             signal.signal(signal.SIGINT, handler)
 

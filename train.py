@@ -12,7 +12,6 @@ fold and a tile's place in the fold.
 """
 
 import argparse
-import copy
 import math
 import shlex
 import time
@@ -51,14 +50,13 @@ from dataset import (
 )
 from hardware import autocast, choose_device, choose_precision, enough_memory, peak_memory_mb, reuse_memory
 from losses import make_loss
+from snapshot import Snapshot, copy_state, snapshot_of
 from unet import UNet
 
 RESUME_MAY_CHANGE = ("device", "data.root", "train.epochs", "train.early_stop")
 SECONDS_BETWEEN_FIGURES = 60
 LESS_MEMORY = ("start a new run with a smaller train.batch_size (half of it needs half the memory), a smaller "
                "data.crop (half of it needs a quarter) or smaller model.widths")
-
-Snapshot = tuple[dict, dict]  # the state dicts of model and optimizer
 
 
 @dataclass(frozen=True)
@@ -85,34 +83,15 @@ class Learner:
 
     @property
     def state(self) -> Snapshot:
-        """Weights and Adam state as they are: the tensors are those that training changes."""
+        """Weights and Adam state: the tensors themselves, which training changes."""
         return self.model.state_dict(), self.optimizer.state_dict()
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
-        """A copy of weights and Adam state; `into` an earlier one, where there is one."""
-        if into is None:
-            return copy.deepcopy(self.state)
-        copy_state(self.state, into)
-        return into
+        """A copy of weights and Adam state, in the place of an earlier one where there is one."""
+        return snapshot_of(self.state, into)
 
     def restore(self, snapshot: Snapshot) -> None:
         copy_state(snapshot, self.state)
-
-
-def copy_state(source: Snapshot, target: Snapshot) -> None:
-    """Copy every tensor in place, those of one dtype together."""
-    pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for value, place in zip(*map(tensors_of, (source, target)), strict=True):
-        values, places = pairs.setdefault(value.dtype, ([], []))
-        values.append(value)
-        places.append(place)
-    for values, places in pairs.values():
-        torch._foreach_copy_(places, values)
-
-
-def tensors_of(state: Snapshot) -> list[Tensor]:
-    model, optimizer = state
-    return [*model.values(), *(value for moments in optimizer["state"].values() for value in moments.values())]
 
 
 def prepare_data(config: Config) -> TrainingSet:

@@ -1,0 +1,185 @@
+"""The filter: Algorithm 1 and the way from files to verdicts, against the report's way of both."""
+
+import os
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+import data_filter
+from audit import find_glass, sum_inverted
+from config import Config, Data, Filter
+from console import Progress
+from dataset import Tile, find_pairs, read_pair
+from tools.benchmark.race import Lap, Race, Setting, alone, plain_row
+
+GREYS = (26, 51, 77)
+REPORT = Filter()
+
+
+def literal_check(image: np.ndarray, tissue: np.ndarray, limits: Filter = REPORT) -> bool:
+    """Algorithm 1 as printed, with the divisor that is meant: whether the tile is kept."""
+    grey = np.abs(np.mean(image, axis=2) - 255.0)
+    tissue_pixels = gaussian_filter(grey, sigma=limits.sigma)[tissue]
+    empty = tissue_pixels[tissue_pixels < limits.blank_intensity]
+    return len(empty) / np.count_nonzero(tissue) < limits.max_blank
+
+
+def our_check(image: np.ndarray, tissue: np.ndarray, limits: Filter = REPORT) -> bool:
+    glass = find_glass(sum_inverted(image), limits)
+    return np.count_nonzero(glass & tissue) / np.count_nonzero(tissue) < limits.max_blank
+
+
+def original_pass(root: Path, tiles: Sequence[Tile], out: Path | None) -> None:
+    """Decode a mask, apply the 1 % rule, decode the image, check, write both as compressed npz below `out`, if any."""
+    for tile in tiles:
+        mask = np.array(Image.open(root / tile.mask))
+        for label, grey in enumerate(GREYS):
+            mask[mask == grey] = label
+        if np.count_nonzero(mask) / mask.size < REPORT.min_foreground:
+            continue
+        image = np.array(Image.open(root / tile.image))
+        if literal_check(image, np.logical_or(mask == 1, mask == 2)) and out:
+            np.savez_compressed(out / f"mask{tile.key}", mask)
+            np.savez_compressed(out / f"frame{tile.key}", image)
+
+
+def with_tissue(root: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images and annotated tissue of the first tiles that the 1 % rule lets pass."""
+    pairs = []
+    for tile in demo_tiles(root):
+        image, mask = read_pair(root, tile, GREYS)
+        if np.mean(mask > 0) >= REPORT.min_foreground:
+            pairs.append((image, mask > 0))
+        if len(pairs) == count:
+            break
+    return pairs
+
+
+def demo_tiles(root: Path) -> list[Tile]:
+    return find_pairs(root, Data.images, Data.masks)
+
+
+def multiply(root: Path, out: Path, count: int) -> Config:
+    """`count` tiles in `out`, each a hard link to one of the folder `root`; the config that filters them."""
+    tiles = demo_tiles(root)
+    for folder in ("frames", "masks"):
+        (out / folder).mkdir(parents=True)
+    for i in range(count):
+        tile = tiles[i % len(tiles)]
+        for source, target in ((tile.image, f"frames/frame#{i}.png"), (tile.mask, f"masks/mask#{i}.png")):
+            try:
+                os.link(root / source, out / target)
+            except OSError:  # another file system
+                shutil.copyfile(root / source, out / target)
+    return Config(data=Data(root=str(out)))
+
+
+def check(setting: Setting, keep: Callable[[np.ndarray, np.ndarray], bool]) -> Lap:
+    pairs = with_tissue(setting.root, 20 if setting.quick else 60)
+    return Lap(lambda: [keep(*pair) for pair in pairs], len(pairs))
+
+
+def our_pass(setting: Setting) -> Lap:
+    folder = tempfile.TemporaryDirectory()  # lives as long as the lap
+    config = multiply(setting.root, Path(folder.name) / "tiles", tiles_of_a_pass(setting))
+
+    def run() -> None:
+        assert folder
+        data_filter.filter_tiles(config, workers=1)
+
+    return Lap(run, tiles_of_a_pass(setting))
+
+
+def plain_pass(setting: Setting, npz: bool) -> Lap:
+    folder = tempfile.TemporaryDirectory()
+    root, out = Path(folder.name) / "tiles", Path(folder.name) / "npz"
+    multiply(setting.root, root, tiles_of_a_pass(setting))
+    tiles = demo_tiles(root)
+    out.mkdir()
+
+    def run() -> None:
+        assert folder
+        original_pass(root, tiles, out if npz else None)
+
+    return Lap(run, len(tiles))
+
+
+def tiles_of_a_pass(setting: Setting) -> int:
+    return 60 if setting.quick else len(demo_tiles(setting.root))
+
+
+def seconds_of_filter(config: Config, workers: int) -> float:
+    start = time.perf_counter()
+    data_filter.filter_tiles(config, workers)
+    return time.perf_counter() - start
+
+
+def workers(setting: Setting) -> dict:
+    """Each side is a process of its own, so that both pay for their start and no worker has a second thread."""
+    count = 300 if setting.quick else 4000
+    with tempfile.TemporaryDirectory() as folder:
+        config = multiply(setting.root, Path(folder) / "tiles", count)
+        rounds = [[alone(seconds_of_filter, config, workers) / count * 1e3 for workers in (2, 1)]
+                  for _ in range(1 if setting.quick else 3)]
+    two, one = (statistics.median(side) for side in zip(*rounds, strict=True))
+    return plain_row(two, one, "ms a tile", [one / two for two, one in rounds], tiles=count)
+
+
+def peak_memory(config: Config, workers: int) -> float:
+    """MB of the largest process of a filter run: this one or a worker."""
+    import resource
+
+    data_filter.filter_tiles(config, workers)
+    # not RUSAGE_SELF, which begins with what the process that started this one had
+    ours = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+    return max(ours, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+
+
+def memory(setting: Setting) -> dict:
+    count = 300 if setting.quick else 4000
+    with tempfile.TemporaryDirectory() as folder:
+        few, many = (alone(peak_memory, multiply(setting.root, Path(folder) / str(number), number), 2)
+                     for number in (count // 10, count))
+    return plain_row(many, few, f"MB for {count} and {count // 10} tiles", [few / many])
+
+
+def verdicts(setting: Setting) -> dict:
+    count = 100 if setting.quick else 2000
+    changed = alone(changed_verdicts, setting.root, count)
+    return plain_row(changed, 0, f"changed of {count} borderline verdicts")
+
+
+def changed_verdicts(root: Path, count: int) -> int:
+    """Of tiles made borderline: the limit of blank is put onto, just below or just above what the tile has."""
+    pairs, changed = with_tissue(root, 200), 0
+    with Progress("verdicts", count, "tile") as progress:
+        for number in range(count):
+            image, tissue = pairs[number % len(pairs)]
+            random = np.random.default_rng(number)
+            # another tile: other brightness, the mask moved; then a limit within a few pixels of its share of glass
+            image = np.clip(image.astype(int) + random.integers(-12, 13), 0, 255).astype(np.uint8)
+            tissue = np.roll(tissue, random.integers(-60, 61, 2), (0, 1))
+            share = np.count_nonzero(find_glass(sum_inverted(image), REPORT) & tissue) / np.count_nonzero(tissue)
+            nudge = random.integers(-2, 3) / np.count_nonzero(tissue)
+            limits = replace(REPORT, max_blank=min(1.0, max(0.0, share + nudge)))
+            changed += our_check(image, tissue, limits) != literal_check(image, tissue, limits)
+            progress.advance()
+    return int(changed)
+
+
+RACES = {
+    "filter_check": Race(partial(check, keep=our_check), partial(check, keep=literal_check), one_thread=True),
+    "filter_pass": Race(our_pass, partial(plain_pass, npz=True), one_thread=True),
+    "filter_judge": Race(our_pass, partial(plain_pass, npz=False), one_thread=True),
+}
+MEASUREMENTS = {"filter_workers": workers, "filter_memory": memory, "filter_verdicts": verdicts}

@@ -1,0 +1,227 @@
+"""The network: training step, inference, snapshots and crops, against the plain way and other libraries' U-Nets.
+
+Ours is what train.py and evaluate.py run, the batch's way out of the store included; the plain way of a training step
+is given its batch for nothing.
+"""
+
+import tempfile
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+import train
+from config import Config, Model, Train
+from dataset import Crops, Statistics, normalise, store_on, training_crops
+from entries import predictor_of
+from hardware import choose_precision
+from tools.benchmark import plain
+from tools.benchmark.race import Lap, Race, Setting
+from tools.benchmark.roofline import work_of
+from unet import UNet
+
+STATISTICS = Statistics([0.75, 0.55, 0.7], [0.15, 0.2, 0.15], [0.4, 0.4, 0.2])
+CLASSES, TILE, CROP = 3, 500, 256
+SILENT = SimpleNamespace(advance=lambda *_, **__: None)  # in the place of a progress bar
+SNAPSHOTS = 10  # of a lap
+PEERS = {"monai": "monai", "smp": "segmentation_models_pytorch"}
+
+
+def random_store(count: int, size: int = TILE) -> np.ndarray:
+    """(count, size, size, 4) uint8 that no compression makes small."""
+    store = np.random.default_rng(0).integers(0, 256, (count, size, size, 4), np.uint8)
+    store[..., 3] %= CLASSES
+    return store
+
+
+def batch_size(setting: Setting) -> int:
+    return 4 if setting.quick else Train.batch_size
+
+
+def peer(name: str) -> nn.Module:
+    """A U-Net of another library, as large as its makers or the report have it."""
+    if name == "monai":
+        from monai.networks.nets import BasicUNet
+        return BasicUNet(spatial_dims=2, in_channels=3, out_channels=CLASSES, features=(*Model.widths, Model.widths[0]))
+    from segmentation_models_pytorch import Unet
+    return Unet("resnet34", encoder_weights=None, in_channels=3, classes=CLASSES)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+def trainer(device: str, batch: int, steps: int, size: int = CROP, widths: tuple[int, ...] = Model.widths,
+            compiled: bool = False) -> partial:
+    """A function that trains our network for `steps` steps as train.py does."""
+    config = Config(device=device, model=Model(widths=widths), train=Train(compile=compiled))
+    learner = train.build_learner(config, STATISTICS)
+    store = store_on(learner.device, random_store(16, max(size, TILE)))
+    rows = [np.arange(batch * steps) % len(store), np.array([], int)]
+    crops = training_crops(rows, 1, store.shape[1:3], size, 0, 1)
+    data = train.TrainingSet(store, rows[0], [""], STATISTICS, "")
+    return partial(train.pass_over, learner, data, crops, batch, True, SILENT)
+
+
+def steps_of_a_lap(setting: Setting) -> int:
+    return 50 if setting.device == "cuda" else 1
+
+
+def our_steps(setting: Setting, compiled: bool) -> Lap:
+    batch, steps = batch_size(setting), steps_of_a_lap(setting)
+    work = work_of(trainer(setting.device, batch, 1))
+    run = trainer(setting.device, batch, steps, compiled=compiled)
+
+    def lap() -> None:
+        run()
+        setting.wait()
+
+    return Lap(lap, steps, {"work": work, "batch": batch})
+
+
+def plain_steps(setting: Setting, network: str = "") -> Lap:
+    batch, steps = batch_size(setting), steps_of_a_lap(setting)
+    torch.manual_seed(0)
+    model = (peer(network) if network else UNet()).to(setting.device)
+    step = plain.step(model, torch.randn(batch, 3, CROP, CROP, device=setting.device),
+                      torch.randint(0, CLASSES, (batch, CROP, CROP), device=setting.device))
+    work = work_of(step)
+
+    def lap() -> None:
+        for _ in range(steps):
+            step()
+
+    return Lap(lap, steps, {"work": work, "parameters": sum(weight.numel() for weight in model.parameters())})
+
+
+# ---------------------------------------------------------------------------------------------- inference
+
+def trained_network() -> UNet:
+    """With batch norms that have seen something."""
+    torch.manual_seed(0)
+    model = UNet().train()
+    with torch.no_grad():
+        model(torch.randn(4, 3, 64, 64))
+    return model.eval().requires_grad_(False)
+
+
+def tiles_of_a_lap(setting: Setting) -> int:
+    return 64 if setting.device == "cuda" else 1 if setting.quick else 4
+
+
+def our_inference(setting: Setting, many: bool, precision: str = "auto") -> Lap:
+    """As evaluate.py does it, several tiles at once; `many` of them, so that compiling pays."""
+    device, count = torch.device(setting.device), tiles_of_a_lap(setting)
+    model = trained_network().to(device, memory_format=torch.channels_last)
+    dtype = choose_precision(precision, device)
+    images = torch.from_numpy(random_store(count)[..., :3].copy()).to(device)
+
+    def predictor(many: bool) -> partial:
+        found = predictor_of(model, STATISTICS, False, dtype, many)
+        return partial(lambda: [found.logits(part).argmax(1).cpu() for part in images.split(16)])
+
+    return Lap(predictor(many), count, {"work": work_of(predictor(False))})
+
+
+def plain_inference(setting: Setting, network: str = "") -> Lap:
+    count = tiles_of_a_lap(setting)
+    model = (peer(network) if network else trained_network()).to(setting.device)
+    run = plain.predict(model, random_store(count)[..., :3], 32 if network else UNet().multiple, STATISTICS)
+    return Lap(run, count, {"work": work_of(run)})
+
+
+# ---------------------------------------------------------------------------------------------- crops and snapshots
+
+def random_crops(count: int, tiles: int, size: int = TILE) -> Crops:
+    rows = [np.arange(count) % tiles, np.array([], int)]
+    return training_crops(rows, 1, (size, size), CROP, 0, 1)
+
+
+def our_crops(setting: Setting, normalised: bool = False) -> Lap:
+    """Out of the memory-mapped store, as uint8: what happens on the processor where a GPU does the rest."""
+    tiles, count = 32, 3200
+    folder = tempfile.TemporaryDirectory()
+    store = np.memmap(Path(folder.name) / "tiles.u8", np.uint8, "w+", shape=(tiles, TILE, TILE, 4))
+    store[:] = random_store(tiles)
+    crops = random_crops(count, tiles)
+
+    def run() -> None:
+        assert folder  # lives as long as the lap
+        for batch in crops.batches_on(torch.device("cpu"), store, Train.batch_size):
+            if normalised:
+                normalise(batch[..., :3], STATISTICS)
+
+    return Lap(run, count)
+
+
+def plain_crops(setting: Setting) -> Lap:
+    count = 64
+    folder = tempfile.TemporaryDirectory()
+    plain.Tiles.write(Path(folder.name), random_store(count))
+    loader = plain.loader(plain.Tiles(Path(folder.name), count, CROP, STATISTICS), Train.batch_size)
+
+    def run() -> None:
+        assert folder
+        for _ in loader:
+            pass
+
+    return Lap(run, count)
+
+
+def our_snapshot(setting: Setting) -> Lap:
+    learner = train.build_learner(Config(device=setting.device), STATISTICS)
+    kept = learner.snapshot()
+
+    def run() -> None:
+        for _ in range(SNAPSHOTS):
+            learner.snapshot(into=kept)
+            learner.restore(kept)
+        setting.wait()
+
+    return Lap(run, SNAPSHOTS)
+
+
+def plain_snapshot(setting: Setting) -> Lap:
+    model = UNet().to(setting.device)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(1, 3, 32, 32, device=setting.device)).sum().backward()
+    optimizer.step()
+
+    def run() -> None:
+        for _ in range(SNAPSHOTS):
+            plain.snapshot_and_restore(model, optimizer)
+        setting.wait()
+
+    return Lap(run, SNAPSHOTS)
+
+
+def races(device: str) -> dict[str, Race]:
+    """By name; those against other libraries where these are installed."""
+    step, tile = "ms a step", "ms a tile"
+    compiled = device == "cuda"
+
+    def network_race(ours: partial, baseline: partial, unit: str) -> Race:
+        return Race(ours, baseline, unit, keeps_memory=device == "cpu")
+
+    found = {
+        "train_step": network_race(partial(our_steps, compiled=compiled), plain_steps, step),
+        "inference_512": network_race(partial(our_inference, many=True), plain_inference, tile),
+        "inference_512_eager": network_race(partial(our_inference, many=False), plain_inference, tile),
+        "inference_512_float32": network_race(partial(our_inference, many=False, precision="float32"),
+                                              plain_inference, tile),
+        "crops": Race(our_crops, plain_crops, "ms a crop", one_thread=True, keeps_memory=True),
+        "crops_normalised": Race(partial(our_crops, normalised=True), plain_crops, "ms a crop", one_thread=True,
+                                 keeps_memory=True),
+        "snapshot": network_race(our_snapshot, plain_snapshot, "ms"),
+    }
+    if device == "cuda":
+        found["train_step_eager"] = network_race(partial(our_steps, compiled=False), plain_steps, step)
+    for name, package in PEERS.items():
+        if find_spec(package):
+            found[f"train_step_{name}"] = network_race(partial(our_steps, compiled=compiled),
+                                                       partial(plain_steps, network=name), step)
+            found[f"inference_512_{name}"] = network_race(partial(our_inference, many=True),
+                                                          partial(plain_inference, network=name), tile)
+    return found

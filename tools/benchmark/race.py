@@ -1,0 +1,203 @@
+"""Two ways of one task, side by side: each in a process of its own, taking turns.
+
+    lap       the task once; what is timed
+    side      a process that runs laps: of our way, of the plain way with our use of memory, and of the plain way
+              as a script has it that asks for nothing
+
+The sides wait for each other, so that a noisy neighbour disturbs all of them alike, and ratios are of laps that lie
+next to each other.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from console import UserError
+from parallel import single_threaded
+
+ENOUGH, MOST_ROUNDS = 4.0, 15  # seconds of laps; rounds of short ones
+
+@dataclass(frozen=True)
+class Setting:
+    """What every task is given."""
+
+    root: Path  # of the demo tiles
+    quick: bool
+    device: str  # cpu, or cuda
+
+    def wait(self) -> None:
+        """Until the GPU has done what it was told: a lap ends then."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Lap:
+    """What a side times."""
+
+    run: Callable[[], Any]
+    items: int = 1  # that one lap handles
+    facts: dict = field(default_factory=dict)  # for the row, such as the number of FLOP
+
+
+Prepare = Callable[[Setting], Lap]  # a function of a module, since it is called in another process
+
+
+@dataclass(frozen=True)
+class Race:
+    """What to compare."""
+
+    ours: Prepare
+    baseline: Prepare
+    unit: str = "ms a tile"  # or "s ..."
+    one_thread: bool = False
+    keeps_memory: bool = False  # our scripts call hardware.reuse_memory for this task
+
+
+class Side:
+    """A process that prepares laps and runs them when asked."""
+
+    def __init__(self, keeps_memory: bool):
+        context = get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(there, keeps_memory), daemon=True)
+        self.process.start()
+        there.close()
+
+    def ask(self, *message: Any) -> Any:
+        self.tell(*message)
+        return self.answer()
+
+    def tell(self, *message: Any) -> None:
+        self.pipe.send(message)
+
+    def answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise UserError("a process of the benchmark ended before its time, perhaps for lack of memory; try "
+                            "--quick") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+def _serve(pipe: Any, keeps_memory: bool) -> None:
+    if keeps_memory:
+        import torch
+
+        from hardware import reuse_memory
+        reuse_memory(torch.device("cpu"))
+    lap = None
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:  # the other end is closed: all is done
+            return
+        try:
+            if message == ("done",):
+                lap = None
+                pipe.send(None)
+            elif message:
+                prepare, setting = message
+                lap = prepare(setting)
+                pipe.send((lap.items, lap.facts))
+            else:
+                start = time.perf_counter()
+                lap.run()
+                pipe.send(time.perf_counter() - start)
+        except Exception as error:
+            pipe.send(error)
+
+
+class Sides:
+    """The processes that have been needed so far; they stay for the next race, for their start takes seconds."""
+
+    def __init__(self) -> None:
+        self.open: dict[tuple, Side] = {}
+
+    def of(self, race: Race) -> dict[str, Side]:
+        """By name; `as_shipped` is missing where our way does not use memory otherwise than any script."""
+        wanted = {"ours": race.keeps_memory, "baseline": race.keeps_memory}
+        if race.keeps_memory:
+            wanted["as_shipped"] = False
+        with single_threaded() if race.one_thread else nullcontext():
+            for name, keeps_memory in wanted.items():
+                key = name == "ours", race.one_thread, keeps_memory
+                self.open[key] = self.open.get(key) or Side(keeps_memory)
+        return {name: self.open[name == "ours", race.one_thread, keeps] for name, keeps in wanted.items()}
+
+    def __enter__(self) -> "Sides":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for side in self.open.values():
+            side.close()
+
+
+def compete(race: Race, setting: Setting, rounds: int, sides: Sides) -> dict:
+    """The row of a race: medians of each side, and of the ratios of neighbouring laps with their range."""
+    racing = sides.of(race)
+    for name, side in racing.items():
+        side.tell(race.ours if name == "ours" else race.baseline, setting)
+    prepared = {name: side.answer() for name, side in racing.items()}
+    row = turns({name: side.ask for name, side in racing.items()}, prepared, race.unit, rounds)
+    for side in racing.values():
+        side.ask("done")
+    return row
+
+
+def turns(laps: dict[str, Callable[[], float]], prepared: dict[str, tuple[int, dict]], unit: str, rounds: int) -> dict:
+    """Run every side's lap in turn, a first time to warm up; seconds of a lap are what it returns.
+
+    Short laps get more rounds than these, until `ENOUGH` seconds or `MOST_ROUNDS`.
+    """
+    scale = 1000 if unit.startswith("ms") else 1
+    times: dict[str, list[float]] = {name: [] for name in laps}
+    spent, number = 0.0, 0
+    while number <= rounds or (spent < ENOUGH and number <= MOST_ROUNDS):
+        for name, lap in laps.items():
+            seconds = lap()
+            spent += seconds
+            if number:
+                times[name].append(scale * seconds / prepared[name][0])
+        number += 1
+
+    def ratio(name: str) -> dict:
+        ratios = sorted(plain / fast for fast, plain in zip(times["ours"], times[name], strict=True))
+        return {"ratio": statistics.median(ratios), "range": [ratios[0], ratios[-1]]}
+
+    same = ratio("baseline")
+    shipped = ratio("as_shipped") if "as_shipped" in times else same
+    facts = {f"{fact}_{name}": value for name in ("ours", "baseline")
+             for fact, value in {"items": prepared[name][0], **prepared[name][1]}.items()}
+    return {name: statistics.median(values) for name, values in times.items()} | {
+        "unit": unit, "rounds": number - 1,
+        "ratio_same_allocator": same["ratio"], "range_same_allocator": same["range"],
+        "ratio_as_shipped": shipped["ratio"], "range_as_shipped": shipped["range"], **facts}
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result from a new process whose libraries use one thread."""
+    with single_threaded(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def plain_row(ours: float, baseline: float | None, unit: str, ratios: Sequence[float] = (), **facts: Any) -> dict:
+    """A row that no race made; where memory is used alike both ratios are the same one."""
+    ratios = sorted(ratios)
+    middle, span = (statistics.median(ratios), [ratios[0], ratios[-1]]) if ratios else (None, None)
+    return {"ours": ours, "baseline": baseline, "unit": unit, "ratio_same_allocator": middle,
+            "range_same_allocator": span, "ratio_as_shipped": middle, "range_as_shipped": span, **facts}

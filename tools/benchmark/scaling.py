@@ -1,0 +1,99 @@
+"""What training costs: an epoch of the report, and how a step's time and memory grow with crop, batch, width and tiles.
+
+Every size is measured in a process of its own, so that its peak of memory is its own.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+import train
+from config import Config, Model, Train
+from console import Progress
+from dataset import store_on
+from hardware import peak_memory_mb
+from tools.benchmark.network import STATISTICS, random_crops, random_store, trainer
+from tools.benchmark.race import Setting, plain_row
+
+SIZES: dict[str, list[dict[str, Any]]] = {  # of a step; the others are the report's
+    "crop": [{"size": size} for size in (128, 192, 256, 384, 512)],
+    "batch": [{"batch": batch} for batch in (1, 4, 8, 16, 32)],
+    "widths": [{"widths": tuple(first * 2**level for level in range(levels))}
+               for first, levels in ((8, 5), (16, 5), (32, 4), (32, 5), (64, 5))],
+}
+TILES = (100, 1000, 4000)
+REPORT = {"size": 256, "batch": 16, "widths": Model.widths}
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def timed(task: Callable[[], Any], setting: Setting, rounds: int) -> float:
+    """The median of seconds, after a first time that does not count."""
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        task()
+        setting.wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def step_row(setting: Setting, size: int, batch: int, widths: tuple[int, ...]) -> dict:
+    """Milliseconds an image, and MB: the GPU's peak, or the whole process's."""
+    steps = 20 if setting.device == "cuda" else 1
+    task = trainer(setting.device, batch, steps, size, widths, compiled=setting.device == "cuda")
+    seconds = timed(task, setting, 1 if setting.quick else 3)
+    images = batch * steps
+    return plain_row(1000 * seconds / images, None, "ms an image", images_per_second=round(images / seconds, 1),
+                     peak_memory_mb=round(peak_memory_mb(torch.device(setting.device))),
+                     crop=size, batch=batch, widths=list(widths))
+
+
+def crops_row(setting: Setting, tiles: int) -> dict:
+    """Milliseconds a crop where so many tiles lie."""
+    device = torch.device(setting.device)
+    store, crops = store_on(device, random_store(tiles)), random_crops(1600, tiles)
+    seconds = timed(lambda: [None for _ in crops.batches_on(device, store, Train.batch_size)], setting, 3)
+    return plain_row(1000 * seconds / len(crops), None, "ms a crop", tiles=tiles,
+                     where="GPU" if isinstance(store, torch.Tensor) and device.type == "cuda" else "memory")
+
+
+def scaling(setting: Setting) -> Iterator[dict]:
+    cases = [(f"scaling_{what}_{'_'.join(map(str, np.ravel(list(case.values()))))}", step_row,
+              tuple((REPORT | case).values())) for what, cases in SIZES.items() for case in cases]
+    cases += [(f"scaling_tiles_{tiles}", crops_row, (tiles,)) for tiles in TILES]
+    with Progress("scaling", len(cases), "size") as progress:
+        for name, function, arguments in cases:
+            yield {"name": name, **in_new_process(function, setting, *arguments)}
+            progress.advance()
+
+
+def epoch(setting: Setting, plan: Train, model: Model, tiles: int) -> dict:
+    """Seconds of an epoch as train.py runs it; the first one, which compiles, does not count."""
+    config = Config(device=setting.device, model=model, train=replace(plan, compile=setting.device == "cuda"))
+    learner = train.build_learner(config, STATISTICS)
+    store = store_on(learner.device, random_store(tiles))
+    data = train.TrainingSet(store, np.arange(tiles), [""] * tiles, STATISTICS, "")
+    numbers = itertools.count(1)
+    seconds = timed(lambda: train.run_epoch(learner, data, config, next(numbers)), setting, 1 if setting.quick else 3)
+    images = plan.folds * plan.images_per_epoch
+    return plain_row(seconds, None, f"s an epoch of {images} images", images_per_second=round(images / seconds, 1),
+                     peak_memory_mb=round(peak_memory_mb(learner.device)))
+
+
+def epoch_of_the_report(setting: Setting) -> dict:
+    return in_new_process(epoch, setting, Train(), Model(), 1000)
+
+
+MEASUREMENTS = {"epoch": epoch_of_the_report, "scaling": scaling}
