@@ -28,7 +28,7 @@ from dataset import (
     read_mask,
     read_tiles,
 )
-from hardware import choose_device, choose_precision, reuse_memory
+from hardware import choose_device, choose_precision
 from inference import Predictor
 from unet import UNet
 
@@ -119,7 +119,6 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool, preci
     config = apply_overrides(checkpoint.config, [f"data.root={current.data.root}", f"device={current.device}",
                                                  *overrides], allowed=MAY_CHANGE)
     device = choose_device(config.device)
-    reuse_memory(device)
     model = runs.build_model(config)
     runs.load_weights(model, checkpoint)
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

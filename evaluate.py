@@ -31,8 +31,8 @@ from console import Progress, UserError, run
 from entries import MAY_CHANGE, Entry, Questions, ask, distinct, given, in_file_names, listed, trained
 from evaluation_report import Evaluation
 from files import names, refuse_loss, replacing_folder
-from hardware import enough_memory
 from losses import soft_dice
+from memory import enough_memory, reuse_memory
 from parallel import cores
 
 PIXELS_AT_ONCE = 1024 * 1024  # a batch of four 512 x 512 tiles
@@ -162,6 +162,7 @@ def main() -> None:
                         "RUN/predictions-FOLDER, or for several runs comparison-A-B-C beside the first)")
     parser.add_argument("--device", help="auto, cuda, cuda:N, mps or cpu (default: the run's)")
     args = parser.parse_intermixed_args()
+    reuse_memory()
     folders = [argument for argument in args.runs if "=" not in argument or Path(argument).exists()]
     overrides = [argument for argument in args.runs if argument not in folders]
     if args.device:

@@ -1,15 +1,10 @@
-"""Which device and which precision a script computes with, and how it uses the machine's memory."""
+"""Which device and which precision a script computes with."""
 
-import ctypes
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from console import UserError
-
-GLIBC_TRIM_THRESHOLD, GLIBC_MMAP_MAX = -1, -4  # malloc.h: bytes free at the top before they are returned; large blocks
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,30 +39,6 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which the network runs; with float32 it changes nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def reuse_memory(device: torch.device) -> None:
-    """Let this process keep what it frees, where tensors lie in the machine's own memory and its C library is glibc.
-
-    By default glibc hands every large tensor back to the kernel, which must clear and map its pages again for the next
-    one: a quarter of a training step. The price is that the process never shrinks, and may grow by a quarter.
-    """
-    if device.type == "cpu" and sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        for option, value in (GLIBC_MMAP_MAX, 0), (GLIBC_TRIM_THRESHOLD, 2**31 - 1):
-            if mallopt:
-                mallopt(option, value)
-
-
-@contextmanager
-def enough_memory(advice: str) -> Iterator[None]:
-    """Where the memory does not suffice, a `UserError` with the advice; nothing is ever made smaller unasked."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(f"the memory is too small ({str(error).splitlines()[0]}): {advice}") from None
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -20,6 +20,7 @@ import field_theory
 from config import Config, Model, load_config
 from console import UserError, run
 from files import names, refuse_loss, replacing_folder
+from memory import enough_memory, reuse_memory
 
 if TYPE_CHECKING:  # --theory answers at once: torch, whose import takes seconds, is imported where it is needed
     from entries import Entry
@@ -120,6 +121,7 @@ def main() -> None:
                         "receptive_field-A-B-C beside the first)")
     parser.add_argument("--device", help="auto, cuda, cuda:N, mps or cpu (default: the run's)")
     args = parser.parse_intermixed_args()
+    reuse_memory()
     folders = [argument for argument in args.runs if "=" not in argument or Path(argument).exists()]
     overrides = [argument for argument in args.runs if argument not in folders]
     if args.config and (folders or not (args.theory or args.as_published)):
@@ -156,7 +158,8 @@ def main() -> None:
         raise UserError(f"{out} would be replaced, but holds results of something else; choose another folder")
     import field_report
 
-    found = measured(entries, args.split, args.pixels)
+    with enough_memory("close other programs, take --precision bf16, or measure on the CPU (--device cpu)"):
+        found = measured(entries, args.split, args.pixels)
     with replacing_folder(out, sources) as partial:
         contents = field_report.write(partial, found, args.format)
     print(field_report.summary(contents))

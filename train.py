@@ -48,8 +48,9 @@ from dataset import (
     training_crops,
     validation_crops,
 )
-from hardware import autocast, choose_device, choose_precision, enough_memory, peak_memory_mb, reuse_memory
+from hardware import autocast, choose_device, choose_precision, peak_memory_mb
 from losses import make_loss
+from memory import enough_memory, reuse_memory
 from snapshot import Snapshot, copy_state, snapshot_of
 from unet import UNet
 
@@ -135,7 +136,6 @@ def warn_of_groups(config: Config, tiles: list[Tile]) -> None:
 def build_learner(config: Config, statistics: Statistics) -> Learner:
     """The network with its first weights, Adam, scheduler and loss of a config."""
     device = choose_device(config.device)
-    reuse_memory(device)
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
     model = runs.build_model(config).to(device, memory_format=torch.channels_last)
@@ -328,6 +328,7 @@ def main() -> None:
     source.add_argument("--resume", metavar="RUN", type=Path, help="continue this run, e.g. runs/dice_ce")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
+    reuse_memory()
     if args.resume:
         resume(args.resume, args.overrides)
     else:

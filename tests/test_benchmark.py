@@ -1,11 +1,27 @@
-import json
+"""tools/benchmark: that both sides do the same work, that counts are right, that rows arrive. No speed is tested."""
 
+import json
+from functools import partial
+
+import numpy as np
 import pytest
+import torch
 from conftest import script
 
+from config import Model, Train
+from console import UserError
 from data_filter import filter_tiles
-from dataset import SPLITS
-from tools.benchmark import BENCHMARKS, multiply, original_pass, race
+from dataset import SPLITS, Statistics, normalise
+from inference import Predictor
+from tools.benchmark import plain, roofline
+from tools.benchmark.__main__ import QUICK, benchmarks, describe, weighed
+from tools.benchmark.filtering import multiply, original_pass
+from tools.benchmark.network import STATISTICS, our_crops, peer, plain_crops, random_store, trained_network, trainer
+from tools.benchmark.race import Lap, Race, Setting, Sides, compete, turns
+from tools.benchmark.scaling import crops_row, epoch, step_row
+from unet import UNet
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +32,14 @@ def tiles(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def setting(tiles):
+    return Setting(tiles / "data/demo", True, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------- the same work
+
 def test_the_plain_way_keeps_the_tiles_that_ours_keeps(tiles, tmp_path):
-    """Otherwise their times are not of the same work."""
     config = multiply(tiles / "data/demo", tmp_path / "tiles", 24)
     result = filter_tiles(config)
     (tmp_path / "npz").mkdir()
@@ -27,29 +49,165 @@ def test_the_plain_way_keeps_the_tiles_that_ours_keeps(tiles, tmp_path):
     assert {tile.split for tile in result.tiles} > {"sparse", "misregistered"}
 
 
-def test_a_race_takes_turns_and_gives_medians_and_the_range_of_the_ratios(monkeypatch):
-    clock, turns = [0.0], []
-    took = {"ours": iter([9, 1, 1, 2]), "baseline": iter([9, 4, 6, 8])}  # seconds; the first is the warm-up
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+def test_the_plain_way_predicts_what_ours_predicts():
+    model, images = trained_network(), random_store(2, 50)[..., :3].copy()
+    ours = Predictor.of(model, lambda pixels: normalise(pixels, STATISTICS), False).logits(torch.from_numpy(images))
+    assert (torch.stack(plain.predict(model, images, 16, STATISTICS)()) == ours.argmax(1)).float().mean() > 0.999
 
-    def side(name):
-        turns.append(name)
-        clock[0] += next(took[name])
 
-    row = race(lambda: side("ours"), lambda: side("baseline"), items=10, rounds=3)
-    assert turns == ["ours", "baseline"] * 4
-    assert (row["ours"], row["baseline"]) == pytest.approx((100, 600)) and row["unit"] == "ms a tile"
-    assert (row["ratio"], *row["ratio_range"]) == pytest.approx((4, 4, 6))
+def test_the_plain_way_trains_the_same_network_on_as_many_pixels():
+    torch.manual_seed(0)
+    model = UNet((4, 8), dropout=0)
+    step = plain.step(model, torch.randn(2, 3, 16, 16), torch.randint(0, 3, (2, 16, 16)))
+    losses = [step() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    ours = roofline.work_of(trainer("cpu", 2, 1, 16, (4, 8)))
+    assert roofline.flop(ours) == roofline.flop(roofline.work_of(step)) > 0
+
+
+def test_the_plain_loader_gives_normalised_crops_of_the_tiles(tmp_path):
+    store = random_store(4, 20)
+    plain.Tiles.write(tmp_path, store)
+    data = plain.Tiles(tmp_path, 4, 20, Statistics([0.5] * 3, [0.25] * 3, [1.0]))
+    image, target = data[2]  # as large as its tile, so that only flips are left
+    upright = [(image.flip(axes), target.flip(axes)) for axes in ([], [-1], [-2], [-1, -2])]
+    expected = normalise(torch.from_numpy(store[2:3, ..., :3]), Statistics([0.5] * 3, [0.25] * 3, [1.0]))[0]
+    assert any(torch.allclose(a, expected) and (b.numpy() == store[2, ..., 3]).all() for a, b in upright)
+    batches = list(plain.loader(plain.Tiles(tmp_path, 4, 8, STATISTICS), 3))
+    assert [tuple(images.shape) for images, _ in batches] == [(3, 3, 8, 8), (1, 3, 8, 8)]
+
+
+def test_laps_of_both_ways_handle_what_they_say(setting):
+    for prepare in (our_crops, plain_crops):
+        lap = prepare(setting)
+        lap.run()
+        assert lap.items >= 64
+
+
+@pytest.mark.parametrize("name", ["monai", "smp"])
+def test_other_libraries_networks_take_our_tiles(name):
+    pytest.importorskip({"monai": "monai", "smp": "segmentation_models_pytorch"}[name])
+    assert peer(name).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+
+
+# ---------------------------------------------------------------------------------------------- the race
+
+def test_sides_take_turns_and_the_row_has_medians_and_ratios_of_neighbours():
+    order, took = [], {"ours": iter([9, 1, 1, 2]), "baseline": iter([9, 4, 6, 8]), "as_shipped": iter([9, 8, 9, 10])}
+
+    def lap(name):
+        order.append(name)
+        return next(took[name])  # seconds; the first is the warm-up
+
+    row = turns({name: partial(lap, name) for name in took}, dict.fromkeys(took, (10, {"flop": 7})), "ms a tile", 3)
+    assert order == ["ours", "baseline", "as_shipped"] * 4
+    assert [row[name] for name in took] == pytest.approx([100, 600, 900]) and row["rounds"] == 3
+    assert (row["ratio_same_allocator"], *row["range_same_allocator"]) == pytest.approx((4, 4, 6))
+    assert (row["ratio_as_shipped"], *row["range_as_shipped"]) == pytest.approx((8, 5, 9))
+    assert row["flop_ours"] == row["flop_baseline"] == 7 and row["items_ours"] == 10
+
+
+def test_short_laps_get_more_rounds_and_one_ratio_where_memory_is_used_alike():
+    calls = []
+    row = turns({"ours": lambda: calls.append(1) or 0.5, "baseline": lambda: 1.0}, dict.fromkeys(
+        ("ours", "baseline"), (1, {})), "s", 1)
+    assert row["rounds"] == len(calls) - 1 == 2  # 1.5 s a round, 4 s are enough
+    assert row["ratio_as_shipped"] == row["ratio_same_allocator"] == 2 and row["ours"] == 0.5
+
+
+def nothing(setting):
+    return Lap(lambda: None, facts={"where": str(setting.root)})
+
+
+def broken(setting):
+    raise UserError("no tiles")
+
+
+def test_a_race_of_processes(setting):
+    race = Race(nothing, nothing, "ms", one_thread=True)
+    with Sides() as sides:
+        row = compete(race, setting, 1, sides)
+        assert compete(race, setting, 1, sides)["rounds"] == row["rounds"] == 15
+        assert len(sides.open) == 2 and row["where_ours"] == str(setting.root)
+        with pytest.raises(UserError, match="no tiles"):
+            compete(Race(nothing, broken, "ms", one_thread=True), setting, 1, sides)
+    assert all(not side.process.is_alive() for side in sides.open.values())
+
+
+# ---------------------------------------------------------------------------------------------- FLOP, bytes, roofline
+
+def test_work_is_counted_as_on_paper():
+    x, conv = torch.randn(2, 3, 8, 8), torch.nn.Conv2d(3, 5, 3, padding=1)
+    with torch.no_grad():
+        work = roofline.work_of(lambda: torch.relu(conv(x)).transpose(0, 1))
+    convolution = 2 * 2 * 8 * 8 * 5 * 3 * 9, 4 * (x.numel() + conv.weight.numel() + 5 + 2 * 5 * 64)
+    assert work == [("float32", *convolution), ("float32", 0, 4 * 2 * 2 * 5 * 64)]  # a transposed view costs nothing
+    peaks = {"float32": 1000.0, "bfloat16": 2000.0, "bytes": 100.0}
+    assert roofline.bound(work, peaks) == pytest.approx(max(convolution[0] / 1000, convolution[1] / 100) + 51.2)
+    assert roofline.bound([("bfloat16", 4000.0, 1.0), ("int64", 500.0, 1.0)], peaks) == pytest.approx(2.5)
+
+
+def test_the_reports_network_has_the_flop_of_the_readme():
+    model = UNet().eval()
+    with torch.no_grad():
+        work = roofline.work_of(lambda: model(torch.zeros(1, 3, 64, 64)))
+    assert roofline.flop(work) * 16 / 1e9 == pytest.approx(24.15, abs=0.01)  # of 256 x 256
+
+
+def test_shares_of_the_roofline_are_of_an_item():
+    row = {"ours": 500.0, "baseline": 1000.0, "unit": "ms a tile", "items_ours": 4, "work_ours": [("float32", 8e9, 0)]}
+    peaks = {"float32": 8e9, "bfloat16": 8e9, "bytes": 1e9}
+    assert weighed(row, peaks) == {"ours": 500.0, "baseline": 1000.0, "unit": "ms a tile", "gflop_ours": 2.0,
+                                   "roofline_ours": 0.5}
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+def test_what_training_costs_by_size_and_an_epoch(setting):
+    row = step_row(setting, 32, 2, (4, 8))
+    assert row["ours"] == pytest.approx(1000 / row["images_per_second"], rel=0.01) and row["peak_memory_mb"] > 100
+    assert (row["crop"], row["batch"], row["widths"], row["baseline"]) == (32, 2, [4, 8], None)
+    assert crops_row(setting, 3)["where"] == "memory"
+    row = epoch(setting, Train(folds=2, images_per_epoch=8, batch_size=4), Model(widths=(2, 4)), 8)
+    assert row["unit"] == "s an epoch of 16 images"
+    assert row["images_per_second"] == pytest.approx(16 / row["ours"], abs=0.1)
+
+
+def test_every_row_is_described():
+    row = {"name": "scaling_crop_128", "ours": 1.5, "baseline": None, "unit": "ms an image",
+           "ratio_same_allocator": None, "range_same_allocator": None, "ratio_as_shipped": None,
+           "range_as_shipped": None}
+    assert describe(row) == ["scaling_crop_128", "1.5", "", "ms an image", "", "", "", "", ""]
+    raced = row | {"baseline": 3.0, "ratio_same_allocator": 2.0, "range_same_allocator": [1.0, 3.0],
+                   "ratio_as_shipped": 4.0, "range_as_shipped": [4.0, 4.0], "roofline_ours": 0.5, "gflop_ours": 72.34}
+    assert describe(raced)[2:] == ["3", "ms an image", "2.00 (1.00 to 3.00)", "4.00 (4.00 to 4.00)", "72.3", "",
+                                   "50.0%"]
+
+
+def test_the_names_that_others_rely_on_exist_on_every_device():
+    for device in ("cpu", "cuda"):
+        names = benchmarks(device)
+        assert {"train_step", "inference_512", "crops", "filter_check", "filter_pass", "snapshot", "epoch", "scaling",
+                *QUICK} <= names.keys()
 
 
 def test_rows_reach_the_terminal_and_the_file(tiles):
-    out = script("tools.benchmark", "--quick", "--only", "filter_check", "filter_pass", "filter_verdicts", "--json",
-                 "speed.json", cwd=tiles)
+    names = ["snapshot", "crops", "filter_check", "filter_pass", "filter_verdicts"]
+    out = script("tools.benchmark", "--quick", "--only", *names, "--json", "speed.json", cwd=tiles)
     assert out.returncode == 0, out.stderr
-    rows = {row["name"]: row for row in json.loads((tiles / "speed.json").read_text())}
-    assert list(rows) == ["filter_check", "filter_pass", "filter_verdicts"] and rows.keys() <= BENCHMARKS.keys()
-    assert all({"name", "ours", "baseline", "unit", "ratio"} <= row.keys() for row in rows.values())
-    assert rows["filter_verdicts"]["ours"] == 0
-    assert "filter_pass" in out.stdout
-    out = script("tools.benchmark", "--data", "nowhere", cwd=tiles)
-    assert out.returncode == 2 and "make_demo_data" in out.stderr
+    rows = json.loads((tiles / "speed.json").read_text())
+    assert [row["name"] for row in rows] == names
+    needed = {"name", "ours", "baseline", "unit", "ratio_same_allocator", "ratio_as_shipped"}
+    assert all(needed <= row.keys() for row in rows)
+    assert rows[-1]["ours"] == 0 and all(np.isfinite(row["ratio_as_shipped"]) for row in rows[:-1])
+    assert all(name in out.stdout for name in [*names, "GFLOP/s in float32"])
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--data", "nowhere"], "make_demo_data"), (["--only", "nothing"], "no such benchmark here; expected some of"),
+    (["--device", "cuda"], "cannot be used here")])
+def test_bad_arguments(tiles, arguments, expected):
+    if arguments[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = script("tools.benchmark", *arguments, cwd=tiles)
+    assert out.returncode == 2 and expected in out.stderr

@@ -13,7 +13,9 @@ import dataset
 from console import UserError
 from dataset import (
     Crops,
+    Statistics,
     Tile,
+    copied_to,
     draw_folds,
     find_pairs,
     group_of,
@@ -24,6 +26,7 @@ from dataset import (
     read_mask,
     read_tiles,
     split_by_group,
+    store_on,
     training_crops,
     validation_crops,
     write_tiles,
@@ -432,6 +435,51 @@ def test_batches_are_the_windows_flipped_alike_for_image_and_mask():
     assert (windows[2] == store[1, 3:7, 5:9][::-1, ::-1]).all()
     one_by_one = np.concatenate(list(crops.batches(store, 1)))
     assert (one_by_one == windows).all(), "the batch size changes nothing"
+
+
+def many_crops(store, count, size):
+    random = np.random.default_rng(1)
+    return Crops(random.integers(0, len(store), count), random.integers(0, store.shape[1] - size + 1, count),
+                 random.integers(0, store.shape[2] - size + 1, count), random.random(count) < 0.5,
+                 random.random(count) < 0.5, size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 21, 30])
+def test_a_store_on_the_device_gives_the_batches_of_the_one_on_disk(batch_size):
+    """Of every way out of the store; the oracle cuts and flips with NumPy."""
+    store = np.random.default_rng(0).integers(0, 256, (5, 40, 48, 4), np.uint8)
+    crops, device = many_crops(store, 21, 16), torch.device("cpu")
+    expected = []
+    for row, top, left, down, right in zip(crops.rows, crops.top, crops.left, crops.flip_vertical,
+                                           crops.flip_horizontal, strict=True):
+        window = store[row][top:top + 16, left:left + 16]
+        window = np.flipud(window) if down else window
+        expected.append(np.fliplr(window) if right else window)
+    there = copied_to(device, store, at_once=2)
+    assert (there.numpy() == store).all()
+    for source in (store, there):
+        batches = list(crops.batches_on(device, source, batch_size))
+        assert {len(batch) for batch in batches[:-1]} <= {batch_size} and batches[0].dtype == torch.uint8
+        assert (torch.cat(batches).numpy() == np.stack(expected)).all()
+
+
+def test_a_store_goes_to_a_gpu_that_has_four_times_the_room(monkeypatch):
+    store, moved = np.zeros((2, 4, 4, 4), np.uint8), []
+    monkeypatch.setattr("dataset.copied_to", lambda device, store: moved.append(device.type) or "there")
+    for free, expected in ((4 * store.nbytes - 1, store), (4 * store.nbytes, "there")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        assert store_on(torch.device("cuda"), store) is expected
+    assert store_on(torch.device("cpu"), store) is store and moved == ["cuda"]
+
+
+def test_normalising_again_needs_no_new_constants():
+    pixels = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
+    statistics = Statistics([0.5, 0.4, 0.3], [0.1, 0.2, 0.3], [1.0])
+    expected = (pixels.numpy() / np.float32(255) - np.float32([0.5, 0.4, 0.3])) / np.float32([0.1, 0.2, 0.3])
+    for _ in range(2):
+        assert (normalise(pixels, statistics).movedim(1, -1).numpy() == expected).all()
+    other = Statistics([0.5, 0.4, 0.2], [0.1, 0.2, 0.3], [1.0])
+    assert not torch.equal(normalise(pixels, other), normalise(pixels, statistics))
 
 
 def test_a_folder_is_replaced_whole_or_left_whole(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from field_theory import reach
-from inference import Predictor, mirrored_indices, with_symmetries
+from inference import Predictor, compiled, folded, in_bf16, mirrored_indices, with_symmetries
 from unet import UNet
 
 
@@ -107,3 +107,65 @@ def test_certain_networks_stay_finite_where_it_counts():
     network = with_symmetries(lambda images: torch.tensor([0.0, 500.0])[:, None, None].expand(1, 2, *images.shape[1:3]))
     answer = network(images_of(4, 4))
     assert torch.softmax(answer, 1)[0, 1].eq(1).all() and not answer.isnan().any()
+
+
+# ---------------------------------------------------------------------------------------------- fast forms
+
+@pytest.mark.parametrize("dropout", [0, 0.5])
+def test_folding_changes_nothing_but_rounding(dropout):
+    model = model_of(4, 8, 16)
+    if dropout:
+        model = UNet((4, 8, 16), dropout).double()
+        model(torch.randn(4, 3, 64, 64, dtype=torch.double))
+        model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast, images = folded(model), torch.randn(2, 3, 32, 24, dtype=torch.double)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fast.modules())
+    assert torch.allclose(fast(images), model(images), rtol=0, atol=1e-12)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bfloat16_answers_in_float32_and_nearly_the_same():
+    torch.manual_seed(0)
+    model = UNet((8, 16), dropout=0).train()
+    model(torch.randn(4, 3, 64, 64))
+    images = torch.randn(2, 3, 32, 24)
+    exact, fast = model.eval()(images), in_bf16(model)(images)
+    assert fast.dtype == torch.float32 and torch.allclose(fast, exact, rtol=0.05, atol=0.05)
+    assert not torch.equal(fast, exact)
+
+
+def test_the_first_shape_is_compiled_and_others_are_computed_as_before(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: lambda x: seen.append(x.shape) or network(x) + 1)
+    answer = compiled(lambda x: 2 * x)
+    assert [answer(torch.ones(n)).sum().item() for n in (4, 2, 4)] == [12, 4, 12]
+    assert seen == [torch.Size([4])] * 2
+
+
+def test_without_a_compiler_all_is_computed_as_before(monkeypatch, capsys):
+    def no_compiler(network, **options):
+        def fast(x):
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand so on")
+        return fast
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    answer = compiled(lambda x: 2 * x)
+    assert [answer(torch.ones(n)).sum().item() for n in (4, 2, 4)] == [8, 4, 8]
+    assert capsys.readouterr().err == "warning: not compiled, which is slower but no less right: no C++ compiler\n"
+
+
+def test_what_is_compiled_answers_the_same():
+    """With the real compiler, if there is one; without, this is the way above."""
+    torch.manual_seed(0)
+    model = UNet((4, 8), dropout=0).train()
+    model(torch.randn(4, 3, 64, 64))
+    model = model.eval().requires_grad_(False)
+    images = images_of(24, 20, count=3)
+
+    def shifted(images):
+        return (images / 255 - 0.5).movedim(-1, 1)
+
+    plain, fast = (Predictor.of(model, shifted, False, torch.bfloat16, many) for many in (False, True))
+    for part in images.split(2):
+        assert torch.allclose(fast.logits(part), plain.logits(part), rtol=0.02, atol=0.02)

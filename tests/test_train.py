@@ -1,6 +1,8 @@
+import copy
 import csv
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import runs
 import train
 from config import apply_overrides
 from console import UserError
-from dataset import draw_folds
+from dataset import copied_to, draw_folds
+from losses import make_loss
+from unet import UNet
 
 
 @pytest.fixture
@@ -324,6 +328,132 @@ def test_a_snapshot_is_not_changed_by_further_training(workplace, tiny):
     adam = [state["exp_avg"].clone() for state in snapshot[1]["state"].values()]
     step()
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(adam, snapshot[1]["state"].values(), strict=True))
+
+
+def plain_epoch(config, data, epoch):
+    """The method written down without thought of speed: deepcopies, a crop at a time, the loss read at each step."""
+    learner = train.build_learner(config, data.statistics)
+    model, keys = learner.model, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
+    loss_of = make_loss(config.loss.name, torch.tensor(data.statistics.frequencies))
+    plan, folds = config.train, [data.rows[fold] for fold in draw_folds(
+        data.groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch)]
+    mean, std = (torch.tensor(values) for values in (data.statistics.mean, data.statistics.std))
+    start, results = copy.deepcopy(model.state_dict()), []
+    for fold in range(plan.folds):
+        model.load_state_dict(start)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay,
+                                     fused=True)
+        torch.manual_seed(train.torch_seed(config.seed, epoch, fold, "dropout"))
+        losses = []
+        for crops in (train.training_crops(folds, fold, *keys), train.validation_crops(folds, fold, *keys)):
+            model.train(not losses)
+            total = 0.0
+            for first in range(0, len(crops), plan.batch_size):
+                windows = []
+                for i in range(first, min(first + plan.batch_size, len(crops))):
+                    window = data.store[crops.rows[i], crops.top[i]:, crops.left[i]:][:crops.size, :crops.size]
+                    window = window[::-1] if crops.flip_vertical[i] else window
+                    windows.append(window[:, ::-1] if crops.flip_horizontal[i] else window)
+                batch = torch.from_numpy(np.stack(windows))
+                images = ((batch[..., :3] / 255 - mean) / std).permute(0, 3, 1, 2)
+                with torch.set_grad_enabled(not losses):
+                    loss = loss_of(model(images), batch[..., 3].long())
+                if not losses:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                total += loss.item() * len(batch)
+            losses.append(total / len(crops))
+        results.append((losses, copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())))
+    survivor = int(np.argmin([losses[1] for losses, _, _ in results]))
+    return survivor, *results[survivor], [losses[1] for losses, _, _ in results]
+
+
+@pytest.mark.parametrize("settings", [["loss.name=wce", "model.dropout=0.5"], ["loss.name=log_dice_ce"]])
+def test_an_epoch_is_the_plain_one_bit_for_bit(workplace, tiny, settings):
+    """In float32 on a CPU, whatever is done for speed; losses are summed in float32 here, so they differ a little."""
+    config = apply_overrides(tiny, [*settings, "train.batch_size=5"])  # the last batches are smaller
+    data = train.prepare_data(config)
+    learner = train.build_learner(config, data.statistics)
+    row = train.run_epoch(learner, data, config, epoch=3)
+    survivor, losses, model, optimizer, val_losses = plain_epoch(config, data, epoch=3)
+    assert row["survivor"] == survivor
+    assert (row["train_loss"], row["val_loss"]) == pytest.approx(losses, rel=1e-6)
+    assert [row[f"val_loss_{fold}"] for fold in range(2)] == pytest.approx(val_losses, rel=1e-6)
+    assert_equal(learner.model.state_dict(), model)
+    assert_equal(learner.optimizer.state_dict()["state"], optimizer["state"])
+
+
+def test_a_store_on_the_device_changes_no_bit(workplace, tiny):
+    data, rows = train.prepare_data(tiny), []
+    for store in (data.store, copied_to(torch.device("cpu"), data.store)):
+        learner = train.build_learner(tiny, data.statistics)
+        rows.append((train.run_epoch(learner, replace(data, store=store), tiny, 1), learner.state))
+    assert_equal(*rows)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.\nGPU 0 has a total"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_too_little_memory_ends_with_three_settings_and_changes_none(workplace, tiny, monkeypatch, error):
+    def too_large(*args):
+        raise error
+
+    monkeypatch.setattr(train, "pass_over", too_large)
+    with pytest.raises(UserError, match=r"memory.*train\.batch_size.*data\.crop.*model\.widths") as raised:
+        train.start(tiny)
+    assert "\n" not in str(raised.value) and not (workplace / "runs/tiny").exists()
+
+
+def test_the_reports_batch_needs_far_less_than_the_6_gb_that_it_had():
+    """Counted, not measured: what autograd keeps of 16 images until the backward pass, and weights and their copies."""
+    model, kept = UNet().to(memory_format=torch.channels_last), {}
+    weights = {weight.data_ptr() for weight in model.parameters()}
+
+    def note(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with (torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+          torch.autocast("cpu", torch.bfloat16)):
+        make_loss("dice_ce", torch.ones(3))(model(torch.zeros(1, 3, 256, 256)), torch.zeros(1, 256, 256).long())
+    of_an_image = sum(storage.nbytes() for storage in kept.values())
+    of_weights = sum(weight.nbytes for weight in model.parameters())
+    assert 16 * of_an_image + 10 * of_weights < 2.5e9  # the ten: gradients, Adam's two, two snapshots of three
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(workplace, tiny, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(train, "pass_over", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        train.start(tiny)
+
+
+def test_a_network_that_cannot_be_compiled_ends_with_what_to_do(workplace, tiny, monkeypatch):
+    from torch._inductor import config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    with pytest.raises(UserError, match=r"cannot be compiled.*train\.compile=false"):
+        train.start(apply_overrides(tiny, ["train.compile=true"]))
+    assert not (workplace / "runs/tiny").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_like_one_that_is_not_and_resumes_bit_for_bit(workplace, tiny):
+    config = apply_overrides(tiny, ["train.compile=true", "train.batch_size=6"])
+    for name, changes in (("plain", ["train.compile=false"]), ("whole", []), ("parts", ["train.epochs=1"])):
+        train.start(apply_overrides(config, [f"name={name}", *changes]))
+    train.resume(workplace / "runs/parts", ["train.epochs=3"])
+    plain, whole, parts = (state(workplace / "runs" / name) for name in ("plain", "whole", "parts"))
+    assert_equal(whole["model"], parts["model"])
+    assert_equal(whole["optimizer"], parts["optimizer"])
+    assert_equal(whole["history"], parts["history"])
+    for ours, theirs in zip(whole["history"], plain["history"], strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
 
 
 def test_mean_loss_is_over_images_not_batches(workplace, tiny):

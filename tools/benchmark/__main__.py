@@ -5,7 +5,7 @@
     python -m tools.benchmark --device cuda --json speed.json
 
 Machines are shared and noisy: the sides take turns, each in a process of its own, and the table quotes medians and the
-range of the ratios. Where our scripts keep memory (hardware.reuse_memory), the plain way runs twice: `same` with that
+range of the ratios. Where our scripts keep memory (memory.reuse_memory), the plain way runs twice: `same` with that
 too, and `shipped` as it comes. `roof` is the share of what the hardware could do at most (roofline.py).
 
     train_step       one step of the report's network on 16 crops of 256 x 256 (--quick: 4), ours from the store on
@@ -41,7 +41,7 @@ from pathlib import Path
 from console import Progress, UserError, percent, run, table
 from files import write_text
 from parallel import cores
-from tools.benchmark.race import Race, Setting, Sides, compete
+from tools.benchmark.race import Race, Setting, Sides, compete, in_new_process
 
 PACKAGES = ("torch", "numpy", "scipy", "pillow", "monai", "segmentation-models-pytorch")
 QUICK = ("train_step", "inference_512", "crops", "snapshot", "filter_check", "filter_pass", "filter_verdicts",
@@ -62,7 +62,7 @@ def benchmarks(device: str) -> dict:
 def rows_of(name: str, setting: Setting, sides: Sides) -> Iterator[dict]:
     task = benchmarks(setting.device)[name]
     if isinstance(task, Race):
-        yield {"name": name, **compete(task, setting, 2 if setting.quick else 7, sides)}
+        yield {"name": name, **compete(task, setting, 2 if setting.quick else 5, sides)}
         return
     found = task(setting)
     for row in [found] if isinstance(found, dict) else found:
@@ -120,8 +120,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/demo"), metavar="DIR",
                         help="folder of demo tiles (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the above (default: all)")
-    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, with fewer images, tiles and rounds: a "
-                        "first impression in two minutes")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, with fewer images, tiles and "
+                        "rounds: a first impression in two minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
         raise UserError(f"{args.data}: no demo tiles; `python -m tools.make_demo_data {args.data}` makes them")
     setting = Setting(args.data.resolve(), args.quick, args.device)
     print(machine(setting), flush=True)
-    peaks = roofline.peaks(setting)
+    peaks = in_new_process(roofline.peaks, setting)
     print(f"at most {peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16, "
           f"{peaks['bytes'] / 1e9:,.0f} GB/s", flush=True)
     rows = []

@@ -53,8 +53,7 @@ def plain(setting: Setting, count: int) -> Lap:
 
 
 def race(count: int, precision: str = "auto") -> Race:
-    return Race(partial(ours, count=count, precision=precision), partial(plain, count=count), "ms a map",
-                keeps_memory=True)
+    return Race(partial(ours, count=count, precision=precision), partial(plain, count=count), "ms a map")
 
 
 RACES = {"field_map": race(1), "field_maps": race(64), "field_float32": race(64, "float32")}

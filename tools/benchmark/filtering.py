@@ -20,6 +20,7 @@ from audit import find_glass, sum_inverted
 from config import Config, Data, Filter
 from console import Progress
 from dataset import Tile, find_pairs, read_pair
+from memory import reuse_memory
 from tools.benchmark.race import Lap, Race, Setting, alone, plain_row
 
 GREYS = (26, 51, 77)
@@ -119,6 +120,7 @@ def tiles_of_a_pass(setting: Setting) -> int:
 
 
 def seconds_of_filter(config: Config, workers: int) -> float:
+    reuse_memory()
     start = time.perf_counter()
     data_filter.filter_tiles(config, workers)
     return time.perf_counter() - start
@@ -139,6 +141,7 @@ def peak_memory(config: Config, workers: int) -> float:
     """MB of the largest process of a filter run: this one or a worker."""
     import resource
 
+    reuse_memory()
     data_filter.filter_tiles(config, workers)
     # not RUSAGE_SELF, which begins with what the process that started this one had
     ours = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))

@@ -211,9 +211,8 @@ def races(device: str) -> dict[str, Race]:
         "inference_512_eager": network_race(partial(our_inference, many=False), plain_inference, tile),
         "inference_512_float32": network_race(partial(our_inference, many=False, precision="float32"),
                                               plain_inference, tile),
-        "crops": Race(our_crops, plain_crops, "ms a crop", one_thread=True, keeps_memory=True),
-        "crops_normalised": Race(partial(our_crops, normalised=True), plain_crops, "ms a crop", one_thread=True,
-                                 keeps_memory=True),
+        "crops": Race(our_crops, plain_crops, "ms a crop", one_thread=True),
+        "crops_normalised": Race(partial(our_crops, normalised=True), plain_crops, "ms a crop", one_thread=True),
         "snapshot": network_race(our_snapshot, plain_snapshot, "ms"),
     }
     if device == "cuda":

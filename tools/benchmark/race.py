@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError
+from memory import reuse_memory
 from parallel import single_threaded
 
 ENOUGH, MOST_ROUNDS = 4.0, 15  # seconds of laps; rounds of short ones
@@ -37,6 +38,13 @@ class Setting:
             import torch
 
             torch.cuda.synchronize()
+
+    def give_back(self) -> None:
+        """The GPU's memory that is free in this process, to the others."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Race:
     baseline: Prepare
     unit: str = "ms a tile"  # or "s ..."
     one_thread: bool = False
-    keeps_memory: bool = False  # our scripts call hardware.reuse_memory for this task
+    keeps_memory: bool = True  # our scripts do, but on a GPU it is none of this kind
 
 
 class Side:
@@ -96,11 +104,8 @@ class Side:
 
 def _serve(pipe: Any, keeps_memory: bool) -> None:
     if keeps_memory:
-        import torch
-
-        from hardware import reuse_memory
-        reuse_memory(torch.device("cpu"))
-    lap = None
+        reuse_memory()
+    lap = setting = None
     while True:
         try:
             message = pipe.recv()
@@ -109,6 +114,7 @@ def _serve(pipe: Any, keeps_memory: bool) -> None:
         try:
             if message == ("done",):
                 lap = None
+                setting.give_back()
                 pipe.send(None)
             elif message:
                 prepare, setting = message
@@ -189,10 +195,15 @@ def turns(laps: dict[str, Callable[[], float]], prepared: dict[str, tuple[int, d
         "ratio_as_shipped": shipped["ratio"], "range_as_shipped": shipped["range"], **facts}
 
 
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result from a new process whose libraries use one thread."""
-    with single_threaded(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    with single_threaded():
+        return in_new_process(function, *arguments)
 
 
 def plain_row(ours: float, baseline: float | None, unit: str, ratios: Sequence[float] = (), **facts: Any) -> dict:

@@ -76,7 +76,7 @@ def peaks(setting: Setting) -> dict[str, float]:
         found[str(dtype).removeprefix("torch.")] = max(
             best(lambda a=a, b=b: a @ b, 2 * side**3),
             best(lambda x=x, weight=weight: conv2d(x, weight, padding=1), 2 * x.numel() * 256 * 9))
-    source = torch.empty(2**26 if small else 2**30, device=device)
+    source = torch.empty(2**26 if small else 2**28, device=device)
     target = torch.empty_like(source)
     found["bytes"] = best(lambda: target.copy_(source), 2 * source.nbytes)
     return found

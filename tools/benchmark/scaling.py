@@ -7,9 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from console import Progress
 from dataset import store_on
 from hardware import peak_memory_mb
 from tools.benchmark.network import STATISTICS, random_crops, random_store, trainer
-from tools.benchmark.race import Setting, plain_row
+from tools.benchmark.race import Setting, in_new_process, plain_row
 
 SIZES: dict[str, list[dict[str, Any]]] = {  # of a step; the others are the report's
     "crop": [{"size": size} for size in (128, 192, 256, 384, 512)],
@@ -31,11 +29,6 @@ SIZES: dict[str, list[dict[str, Any]]] = {  # of a step; the others are the repo
 }
 TILES = (100, 1000, 4000)
 REPORT = {"size": 256, "batch": 16, "widths": Model.widths}
-
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def timed(task: Callable[[], Any], setting: Setting, rounds: int) -> float:

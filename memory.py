@@ -1,0 +1,39 @@
+"""How a script uses memory: keep what it has, and say what to do where there is too little.
+
+Without torch, whose import takes seconds and which the filter does not need.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from console import UserError
+
+GLIBC_TRIM_THRESHOLD, GLIBC_MMAP_MAX = -1, -4  # malloc.h: bytes free at the top before they are returned; large blocks
+
+
+def reuse_memory() -> None:
+    """Let this process keep the memory that it frees, where the C library is glibc.
+
+    By default glibc hands every large array back to the kernel, which must clear and map its pages again for the next
+    one: a fifth of a training step. The price is that the process never shrinks, and may grow by a quarter.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(GLIBC_MMAP_MAX, 0)
+        mallopt(GLIBC_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Where the memory does not suffice, a `UserError` with the advice; nothing is ever made smaller unasked."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch's errors, of a GPU and of the machine
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+                or "can't allocate memory" in str(error)):
+            raise
+        what = str(error).splitlines()[0] if str(error) else "no more could be had"
+        raise UserError(f"the memory is too small ({what}): {advice}") from None
