@@ -128,7 +128,7 @@ def test_a_race_of_processes(setting):
     with Sides() as sides:
         row = compete(race, setting, 1, sides)
         assert compete(race, setting, 1, sides)["rounds"] == row["rounds"] == 15
-        assert len(sides.open) == 2 and row["where_ours"] == str(setting.root)
+        assert len(sides.open) == 3 and row["where_ours"] == str(setting.root)
         with pytest.raises(UserError, match="no tiles"):
             compete(Race(nothing, broken, "ms", one_thread=True), setting, 1, sides)
     assert all(not side.process.is_alive() for side in sides.open.values())

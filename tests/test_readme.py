@@ -28,7 +28,10 @@ def test_command(command):
     elif program == "pip":
         assert (REPOSITORY / words[-1]).is_file()
     elif program == "python" and words[0] == "-m":
-        source = importlib.util.find_spec(words[1]).origin
+        spec = importlib.util.find_spec(words[1])
+        if spec.submodule_search_locations is not None:  # a package
+            spec = importlib.util.find_spec(f"{words[1]}.__main__")
+        source = spec.origin
         text = Path(source).read_text(encoding="utf-8")
         assert all(f'"{word}"' in text or word[2:] in text for word in words if word.startswith("--"))
     elif program == "python":
