@@ -46,7 +46,6 @@ from dataset import (
 )
 from files import held, names, refuse_loss
 from filter_report import Filtered
-from memory import reuse_memory
 from parallel import Map, cores, spread
 
 TILES_A_PROCESS = 64  # fewer are judged sooner than another process starts
@@ -245,7 +244,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, fewer for few tiles)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
-    reuse_memory()
     config = load_config(args.config, args.overrides)
     root = Path(config.data.root)
     path, folder = root / TILE_LIST, root / filter_report.FOLDER

@@ -1,7 +1,4 @@
-"""How a script uses memory: keep what it has, and say what to do where there is too little.
-
-Without torch, whose import takes seconds and which the filter does not need.
-"""
+"""How a script uses memory: keep what it has, and say what to do where there is too little."""
 
 import ctypes
 import sys

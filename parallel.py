@@ -13,7 +13,6 @@ from multiprocessing import get_context
 from typing import Any
 
 from console import UserError
-from memory import reuse_memory
 
 CHUNK = 16  # items that travel to a worker together, at most; fewer where there are few
 AHEAD = 4  # chunks a worker may be ahead of the reader, which bounds the memory
@@ -38,7 +37,7 @@ def spread(workers: int) -> Iterator[Map]:
     if workers <= 1:
         yield map
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt)
     with _for_workers():
         for _ in range(workers):
             pool.submit(int)  # each starts a worker, as long as none is ready yet
@@ -97,7 +96,5 @@ def _apply(function: Callable, chunk: Sequence) -> list:
     return [function(item) for item in chunk]
 
 
-def _begin() -> None:
-    """Of a worker process."""
+def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C only the parent speaks
-    reuse_memory()

@@ -20,7 +20,6 @@ from audit import find_glass, sum_inverted
 from config import Config, Data, Filter
 from console import Progress
 from dataset import Tile, find_pairs, read_pair
-from memory import reuse_memory
 from tools.benchmark.race import Lap, Race, Setting, alone, plain_row
 
 GREYS = (26, 51, 77)
@@ -120,7 +119,6 @@ def tiles_of_a_pass(setting: Setting) -> int:
 
 
 def seconds_of_filter(config: Config, workers: int) -> float:
-    reuse_memory()
     start = time.perf_counter()
     data_filter.filter_tiles(config, workers)
     return time.perf_counter() - start
@@ -141,7 +139,6 @@ def peak_memory(config: Config, workers: int) -> float:
     """MB of the largest process of a filter run: this one or a worker."""
     import resource
 
-    reuse_memory()
     data_filter.filter_tiles(config, workers)
     # not RUSAGE_SELF, which begins with what the process that started this one had
     ours = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
@@ -181,8 +178,9 @@ def changed_verdicts(root: Path, count: int) -> int:
 
 
 RACES = {
-    "filter_check": Race(partial(check, keep=our_check), partial(check, keep=literal_check), one_thread=True),
-    "filter_pass": Race(our_pass, partial(plain_pass, npz=True), one_thread=True),
-    "filter_judge": Race(our_pass, partial(plain_pass, npz=False), one_thread=True),
+    name: Race(ours, plain, one_thread=True, keeps_memory=False) for name, ours, plain in (
+        ("filter_check", partial(check, keep=our_check), partial(check, keep=literal_check)),
+        ("filter_pass", our_pass, partial(plain_pass, npz=True)),
+        ("filter_judge", our_pass, partial(plain_pass, npz=False)))
 }
 MEASUREMENTS = {"filter_workers": workers, "filter_memory": memory, "filter_verdicts": verdicts}

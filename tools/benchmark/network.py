@@ -78,7 +78,7 @@ def our_steps(setting: Setting, compiled: bool) -> Lap:
         run()
         setting.wait()
 
-    return Lap(lap, steps, {"work": work, "batch": batch})
+    return Lap(lap, steps, {"work": steps * work, "batch": batch})
 
 
 def plain_steps(setting: Setting, network: str = "") -> Lap:
@@ -93,7 +93,7 @@ def plain_steps(setting: Setting, network: str = "") -> Lap:
         for _ in range(steps):
             step()
 
-    return Lap(lap, steps, {"work": work, "parameters": sum(weight.numel() for weight in model.parameters())})
+    return Lap(lap, steps, {"work": steps * work, "parameters": sum(weight.numel() for weight in model.parameters())})
 
 
 # ---------------------------------------------------------------------------------------------- inference

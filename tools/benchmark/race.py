@@ -24,6 +24,7 @@ from parallel import single_threaded
 
 ENOUGH, MOST_ROUNDS = 4.0, 15  # seconds of laps; rounds of short ones
 
+
 @dataclass(frozen=True)
 class Setting:
     """What every task is given."""
@@ -53,7 +54,7 @@ class Lap:
 
     run: Callable[[], Any]
     items: int = 1  # that one lap handles
-    facts: dict = field(default_factory=dict)  # for the row, such as the number of FLOP
+    facts: dict = field(default_factory=dict)  # for the row; "work" is that of all items (roofline.py)
 
 
 Prepare = Callable[[Setting], Lap]  # a function of a module, since it is called in another process
@@ -67,7 +68,7 @@ class Race:
     baseline: Prepare
     unit: str = "ms a tile"  # or "s ..."
     one_thread: bool = False
-    keeps_memory: bool = True  # our scripts do, but on a GPU it is none of this kind
+    keeps_memory: bool = True  # as the scripts that need torch do; on a GPU it matters to none
 
 
 class Side:

@@ -6,7 +6,7 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from tools.benchmark.race import Setting
 
-Work = Sequence[tuple[str, float, float]]  # of each operation the dtype, FLOP and bytes
+Work = list[tuple[str, float, float]]  # of each operation the dtype, FLOP and bytes
 
 
 class Operations(TorchDispatchMode):
@@ -26,7 +26,7 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.work: list[tuple[str, float, float]] = []
+        self.work: Work = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
