@@ -135,6 +135,35 @@ def test_bfloat16_answers_in_float32_and_nearly_the_same():
     assert not torch.equal(fast, exact)
 
 
+def coloured_maps(count, seed):
+    """Images (count, 3, 64, 64) whose classes (count, 64, 64) have the colours of glass, tissue and tumour, nearly."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.nn.functional.interpolate(torch.randn(count, 3, 9, 9, generator=generator), size=64,
+                                             mode="bicubic").argmax(1)
+    colours = torch.tensor([[0.3, 0.3, 0.3], [0.2, -0.1, 0.1], [-0.1, -0.3, 0.0]])
+    return (colours[target] + 0.05 * torch.randn(count, 64, 64, 3, generator=generator)).movedim(-1, 1), target
+
+
+def test_a_trained_network_says_the_same_in_bfloat16():
+    torch.manual_seed(0)
+    model = UNet((8, 16, 32), dropout=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(100):
+        images, target = coloured_maps(8, step)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), target).backward()
+        optimizer.step()
+    images, target = coloured_maps(32, 1000)
+    with torch.no_grad():
+        exact, fast = model.eval()(images).argmax(1), in_bf16(model)(images).argmax(1)
+    assert (exact == target).float().mean() > 0.95
+    assert (exact == fast).float().mean() >= 0.999
+    for k in range(3):
+        dice = [2 * ((answer == k) & (target == k)).sum() / ((answer == k).sum() + (target == k).sum())
+                for answer in (exact, fast)]
+        assert abs(dice[0] - dice[1]) < 1e-3
+
+
 def test_the_first_shape_is_compiled_and_others_are_computed_as_before(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda network, **options: lambda x: seen.append(x.shape) or network(x) + 1)

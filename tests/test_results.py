@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, script
+from PIL import Image
 
 
 def train_and_evaluate(folder, name):
@@ -15,6 +17,24 @@ def train_and_evaluate(folder, name):
     scores = json.loads((folder / f"runs/{name}/evaluation/scores.json").read_text())
     dice = scores["entries"][0]["scores"]["dice"]
     return {name: score["value"] for name, score in dice.items()}, scores["best_constant"]["dice_mean"]
+
+
+def assert_precision_does_not_matter(folder, name):
+    """Of the run as evaluated in whatever is fastest here, and in float32."""
+    out = script("evaluate.py", f"runs/{name}", "--precision", "float32", "--out", "exact", cwd=folder, limit=1800)
+    assert out.returncode == 0, out.stderr
+    evaluations = [folder / f"runs/{name}/evaluation", folder / "exact"]
+    fast, exact = ([np.asarray(Image.open(path)) for path in sorted(evaluation.glob("predictions/*/*.png"))]
+                   for evaluation in evaluations)
+    assert len(fast) == len(exact) > 0
+    assert np.mean([a == b for a, b in zip(fast, exact, strict=True)]) >= 0.999
+    fast, exact = (json.loads((evaluation / "scores.json").read_text())["entries"][0] for evaluation in evaluations)
+    assert exact["precision"] == "float32"
+    for score in ("soft_dice", "pixel_accuracy", "ece"):
+        assert fast["scores"][score]["value"] == pytest.approx(exact["scores"][score]["value"], abs=1e-3)
+    for score in ("dice", "iou", "precision", "recall"):
+        for class_, number in exact["scores"][score].items():
+            assert fast["scores"][score][class_]["value"] == pytest.approx(number["value"], abs=1e-3)
 
 
 @pytest.fixture
@@ -29,6 +49,7 @@ def test_the_demo_beats_the_best_constant_by_a_quarter(folder):
     assert made.returncode == 0, made.stderr
     dice, constant = train_and_evaluate(folder, "demo")
     assert dice["mean"] > constant + 0.25 and min(dice.values()) > 0.5
+    assert_precision_does_not_matter(folder, "demo")
 
 
 @pytest.mark.slow
@@ -36,3 +57,4 @@ def test_real_biopsies_beat_the_best_constant_on_unseen_patients(real_data, fold
     assert script("tools.prepare_ebhi", real_data / "ebhi", "data/ebhi", cwd=folder).returncode == 0
     dice, constant = train_and_evaluate(folder, "ebhi")
     assert dice["mean"] > constant + 0.15
+    assert_precision_does_not_matter(folder, "ebhi")
