@@ -122,7 +122,6 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool, preci
     model = runs.build_model(config)
     runs.load_weights(model, checkpoint)
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    torch.backends.cudnn.allow_tf32 = False  # on by default, and 10 bits of mantissa are not float32
     dtype = choose_precision(precision, device)
     predictor = predictor_of(model, checkpoint.statistics, flips, dtype, many=False)
     name = (folder.resolve() if folder == path else folder).name or config.name

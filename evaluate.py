@@ -44,6 +44,10 @@ MANY = 1000  # tiles for which compiling a network pays
 LESS_MEMORY = "close other programs, give smaller images (--images), or compute on the CPU (--device cpu)"
 
 
+def tiles_at_once(height: int, width: int) -> int:
+    return max(1, PIXELS_AT_ONCE // (height * width))
+
+
 def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) -> tuple[metrics.Tally, dict[str, Path]]:
     """Let an entry answer every tile, and count; also where its answers lie: those of a model are put into `folder`."""
     data, store = questions.config.data, questions.store
@@ -51,7 +55,7 @@ def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) ->
     paths = entry.labels or {tile.key: folder / f"{tile.key}.png" for tile in questions.tiles}
     if entry.predictor:
         folder.mkdir(parents=True)
-    batch_size = max(1, PIXELS_AT_ONCE // (store.shape[1] * store.shape[2]))
+    batch_size = tiles_at_once(*store.shape[1:3])
     confusions, surfaces, soft, calibration = [], [], [], []
     with (Progress(f"evaluate {entry.name}", len(questions.tiles), "tile") as progress,
           ThreadPoolExecutor(cores()) as pool):
@@ -98,7 +102,8 @@ def sources_of(entries: Sequence[Entry]) -> list[Path]:
 
 def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
     """The folder named after what is evaluated and how."""
-    kind = ["" if args.split == "test" else args.split, "flips" if args.flips else ""]
+    kind = ["" if args.split == "test" else args.split, "flips" if args.flips else "",
+            "" if args.precision == "auto" else args.precision]
     first, named = entries[0], [in_file_names(entry.name.rpartition("/")[2]) for entry in entries]
     if len(entries) > 1:
         folder = first.beside / f"comparison-{'-'.join(named)}"[:120]

@@ -1,6 +1,10 @@
-"""Which device and which precision a script computes with."""
+"""Which device and which precision a script computes with, and how it compiles."""
 
+import logging
+import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -32,7 +36,11 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a config's `train.precision`: auto = bfloat16 autocast where the hardware has it, else float32."""
+    """The dtype of a config's `train.precision`: auto = bfloat16 autocast where the hardware has it, else float32.
+
+    Float32 is float32 from here on: cuDNN's TF32, which has 10 bits of mantissa, is switched off.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     return torch.bfloat16 if name == "bf16" or (name == "auto" and has_bf16(device)) else torch.float32
 
 
@@ -41,10 +49,20 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def compile_by_shape(function: Callable, **options: object) -> Callable:
+    """`torch.compile`, anew for every shape of the arguments."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which is not needed
+    return torch.compile(function, dynamic=False, **options)
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """The most memory this process has used: the GPU's where it computes on one, else the machine's (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if peak:  # getrusage begins with what the process that started this one had
+        return int(peak.group(1)) / 1024
     try:
         import resource
     except ImportError:

@@ -9,7 +9,6 @@ network is computed as it was trained; bfloat16 is for speed, and computes it fo
 """
 
 import copy
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from console import warn
 from field_theory import reach
+from hardware import compile_by_shape
 from unet import UNet
 
 WINDOW = 1024  # pixels, the side of what is computed at once
@@ -60,8 +60,7 @@ def compiled(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
     Compiling takes seconds and is for many inputs. Where it cannot be done, for want of a compiler, all is as before.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which is not needed
-    fast, shape = torch.compile(network, dynamic=False, options={"freezing": True}), None
+    fast, shape = compile_by_shape(network, options={"freezing": True}), None
 
     def answer(images: Tensor) -> Tensor:
         nonlocal fast, shape
@@ -112,7 +111,7 @@ class Predictor:
             compute = compiled(compute)
 
         def network(images: Tensor) -> Tensor:
-            return compute(normalise(images))
+            return compute(normalise(images.contiguous()))  # turned views would be compiled once more
 
         margin = -(-reach(len(model.encoder)) // model.multiple) * model.multiple
         return cls(with_symmetries(network) if flips else network, model.multiple, margin)

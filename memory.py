@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from console import UserError
 
 GLIBC_TRIM_THRESHOLD, GLIBC_MMAP_MAX = -1, -4  # malloc.h: bytes free at the top before they are returned; large blocks
+NEVER = -1
 
 
 def reuse_memory() -> None:
@@ -19,7 +20,7 @@ def reuse_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(GLIBC_MMAP_MAX, 0)
-        mallopt(GLIBC_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(GLIBC_TRIM_THRESHOLD, NEVER)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def spread(workers: int) -> Iterator[Map]:
         yield map
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt)
-    with _for_workers():
+    with single_threaded(), deaf_to_interrupts():  # they share the cores
         for _ in range(workers):
             pool.submit(int)  # each starts a worker, as long as none is ready yet
 
@@ -69,13 +69,12 @@ def single_threaded() -> Iterator[None]:
 
 
 @contextmanager
-def _for_workers() -> Iterator[None]:
-    """What processes that start here inherit: one thread each, since they share the cores, and no ear for Ctrl-C."""
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start here have no ear for Ctrl-C: only their parent speaks."""
     main = threading.current_thread() is threading.main_thread()  # no other may touch signals
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
-        with single_threaded():
-            yield
+        yield
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)

@@ -1,7 +1,7 @@
 """Copies of weights and Adam state in memory, from which every fold of an epoch starts and of which one survives.
 
 State dicts are live views of the tensors that training changes. A snapshot has their shape and tensors of its own,
-which are filled in place: after the first fold nothing is allocated, and no tensor of model or optimizer ever moves.
+which can be filled again in place; no tensor of model or optimizer ever moves.
 """
 
 import copy

@@ -48,7 +48,7 @@ from dataset import (
     training_crops,
     validation_crops,
 )
-from hardware import autocast, choose_device, choose_precision, peak_memory_mb
+from hardware import autocast, choose_device, choose_precision, compile_by_shape, peak_memory_mb
 from losses import make_loss
 from memory import enough_memory, reuse_memory
 from snapshot import Snapshot, copy_state, snapshot_of
@@ -161,7 +161,7 @@ def build_learner(config: Config, statistics: Statistics) -> Learner:
 
     if config.train.compile:
         mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs: one launch for all of a pass
-        loss_of_answer = torch.compile(loss_of_answer, mode=mode, dynamic=False)
+        loss_of_answer = compile_by_shape(loss_of_answer, mode=mode)
     return Learner(model, optimizer, scheduler, loss_of_answer, device, precision)
 
 
@@ -245,6 +245,8 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
     drawn = time.monotonic()
     if history:
         runs.write_metrics(folder / "metrics.csv", history)  # a kill may have come before its last row
+    if config.train.compile and not ending(history, config):
+        print("train.compile: the first steps take a minute or two, in which the network is compiled", flush=True)
     while not ending(history, config):
         row = next_row(learner, data, config, history)
         is_best = row["val_loss"] < min((before["val_loss"] for before in history), default=math.inf)

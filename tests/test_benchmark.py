@@ -1,6 +1,8 @@
 """tools/benchmark: that both sides do the same work, that counts are right, that rows arrive. No speed is tested."""
 
 import json
+import platform
+import resource
 from functools import partial
 
 import numpy as np
@@ -13,11 +15,22 @@ from console import UserError
 from data_filter import filter_tiles
 from dataset import SPLITS, Statistics, normalise
 from inference import Predictor
+from tools.benchmark import __main__ as benchmark
 from tools.benchmark import plain, roofline
 from tools.benchmark.__main__ import QUICK, benchmarks, describe, weighed
 from tools.benchmark.filtering import multiply, original_pass
-from tools.benchmark.network import STATISTICS, our_crops, peer, plain_crops, random_store, trained_network, trainer
-from tools.benchmark.race import Lap, Race, Setting, Sides, compete, turns
+from tools.benchmark.network import (
+    STATISTICS,
+    our_crops,
+    our_inference,
+    peer,
+    plain_crops,
+    plain_inference,
+    random_store,
+    trained_network,
+    trainer,
+)
+from tools.benchmark.race import PREPARE, Lap, Race, Setting, Sides, compete, plain_row, turns
 from tools.benchmark.scaling import crops_row, epoch, step_row
 from unet import UNet
 
@@ -77,11 +90,18 @@ def test_the_plain_loader_gives_normalised_crops_of_the_tiles(tmp_path):
     assert [tuple(images.shape) for images, _ in batches] == [(3, 3, 8, 8), (1, 3, 8, 8)]
 
 
-def test_laps_of_both_ways_handle_what_they_say(setting):
-    for prepare in (our_crops, plain_crops):
-        lap = prepare(setting)
-        lap.run()
-        assert lap.items >= 64
+@pytest.mark.parametrize("prepare", [our_crops, partial(our_crops, normalised=True), plain_crops])
+def test_laps_cut_as_many_crops_as_they_say(setting, prepare):
+    lap = prepare(setting)
+    assert lap.run() == lap.items >= 64
+
+
+def test_laps_predict_as_many_tiles_as_they_say(setting):
+    ours, plain_way = our_inference(setting), plain_inference(setting)
+    answers, expected = torch.cat(ours.run()), torch.stack(plain_way.run())
+    assert ours.items == plain_way.items == len(expected) and answers.shape == expected.shape == (1, 500, 500)
+    assert (answers == expected).float().mean() > 0.9  # the network is not trained
+    assert roofline.flop(ours.facts["work"]) == roofline.flop(plain_way.facts["work"])
 
 
 @pytest.mark.parametrize("name", ["monai", "smp"])
@@ -111,7 +131,7 @@ def test_short_laps_get_more_rounds_and_one_ratio_where_memory_is_used_alike():
     calls = []
     row = turns({"ours": lambda: calls.append(1) or 0.5, "baseline": lambda: 1.0}, dict.fromkeys(
         ("ours", "baseline"), (1, {})), "s", 1)
-    assert row["rounds"] == len(calls) - 1 == 2  # 1.5 s a round, 4 s are enough
+    assert row["rounds"] == len(calls) - 1 == 3  # 1.5 s a round, 4 s are enough
     assert row["ratio_as_shipped"] == row["ratio_same_allocator"] == 2 and row["ours"] == 0.5
 
 
@@ -134,6 +154,31 @@ def test_a_race_of_processes(setting):
     assert all(not side.process.is_alive() for side in sides.open.values())
 
 
+def faulty(setting):
+    raise KeyError("x")
+
+
+def test_an_error_in_a_side_says_where(setting):
+    with Sides() as sides, pytest.raises(RuntimeError, match=r"(?s)in a process of the benchmark.*in faulty"):
+        compete(Race(nothing, faulty, "ms"), setting, 1, sides)
+
+
+def page_faults(setting):
+    """Of the second of two equal arrays of 64 MB."""
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(2**23)
+    return Lap(lambda: None, facts={"faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept where the C library is glibc")
+def test_only_the_plain_way_as_shipped_gives_memory_back(setting):
+    with Sides() as sides:
+        faults = {name: side.ask(PREPARE, page_faults, setting)[1]["faults"]
+                  for name, side in sides.of(Race(nothing, nothing)).items()}
+    assert faults["ours"] < 100 and faults["baseline"] < 100 and faults["as_shipped"] > 0
+
+
 # ---------------------------------------------------------------------------------------------- FLOP, bytes, roofline
 
 def test_work_is_counted_as_on_paper():
@@ -145,6 +190,24 @@ def test_work_is_counted_as_on_paper():
     peaks = {"float32": 1000.0, "bfloat16": 2000.0, "bytes": 100.0}
     assert roofline.bound(work, peaks) == pytest.approx(max(convolution[0] / 1000, convolution[1] / 100) + 51.2)
     assert roofline.bound([("bfloat16", 4000.0, 1.0), ("int64", 500.0, 1.0)], peaks) == pytest.approx(2.5)
+
+
+def bytes_of(task):
+    return sum(size for _, _, size in roofline.work_of(task))
+
+
+def test_bytes_are_those_that_must_move():
+    x, y, picked = torch.ones(1000), torch.ones(1000), torch.arange(10)
+    assert bytes_of(lambda: torch.empty(1000)) == 0
+    assert bytes_of(lambda: x.zero_()) == bytes_of(lambda: x.fill_(2.0)) == 4000
+    assert bytes_of(lambda: x.copy_(y)) == bytes_of(lambda: torch._foreach_copy_([x], [y])) == 8000
+    assert bytes_of(lambda: x.add_(y)) == 12000 and bytes_of(lambda: x + y) == 12000
+    assert bytes_of(lambda: x[picked]) == 2 * 40 + 80
+
+
+def test_peaks_are_the_best_of_this_machine(setting):
+    found = roofline.peaks(setting)
+    assert found.keys() == {"float32", "bfloat16", "bytes"} and all(1e8 < peak < 1e16 for peak in found.values())
 
 
 def test_the_reports_network_has_the_flop_of_the_readme():
@@ -179,8 +242,9 @@ def test_every_row_is_described():
            "range_as_shipped": None}
     assert describe(row) == ["scaling_crop_128", "1.5", "", "ms an image", "", "", "", "", ""]
     raced = row | {"baseline": 3.0, "ratio_same_allocator": 2.0, "range_same_allocator": [1.0, 3.0],
-                   "ratio_as_shipped": 4.0, "range_as_shipped": [4.0, 4.0], "roofline_ours": 0.5, "gflop_ours": 72.34}
-    assert describe(raced)[2:] == ["3", "ms an image", "2.00 (1.00 to 3.00)", "4.00 (4.00 to 4.00)", "72.3", "",
+                   "ratio_as_shipped": 4.0, "range_as_shipped": [4.0, 4.0], "roofline_ours": 0.5, "gflop_ours": 72.34,
+                   "batch_ours": 4}
+    assert describe(raced)[2:] == ["3", "ms an image of 4", "2.00 (1.00 to 3.00)", "4.00 (4.00 to 4.00)", "72.3", "",
                                    "50.0%"]
 
 
@@ -200,12 +264,26 @@ def test_rows_reach_the_terminal_and_the_file(tiles):
     needed = {"name", "ours", "baseline", "unit", "ratio_same_allocator", "ratio_as_shipped"}
     assert all(needed <= row.keys() for row in rows)
     assert rows[-1]["ours"] == 0 and all(np.isfinite(row["ratio_as_shipped"]) for row in rows[:-1])
-    assert all(name in out.stdout for name in [*names, "GFLOP/s in float32"])
+    assert all(row["quick"] and row["device"] == "cpu" and row["peaks"]["bytes"] > 0 for row in rows)
+    assert all(name in out.stdout for name in [*names, "GFLOP/s in float32", "not to be quoted"])
+
+
+def test_an_interrupted_run_keeps_what_it_has(setting, tmp_path, monkeypatch, capsys):
+    def interrupted(setting):
+        raise KeyboardInterrupt
+
+    tasks = {"first": lambda setting: plain_row(1.0, 2.0, "s", [2.0]), "second": interrupted}
+    monkeypatch.setattr(benchmark, "benchmarks", lambda device: tasks)
+    monkeypatch.setattr(benchmark, "in_new_process", lambda *_: {"float32": 1e9, "bfloat16": 1e9, "bytes": 1e9})
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.measure(list(tasks), setting, tmp_path / "rows.json")
+    assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["first"]
+    assert "first" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--data", "nowhere"], "make_demo_data"), (["--only", "nothing"], "no such benchmark here; expected some of"),
-    (["--device", "cuda"], "cannot be used here")])
+    (["--json", "nowhere/x.json"], "no such folder"), (["--device", "cuda"], "no CUDA GPU that can be used")])
 def test_bad_arguments(tiles, arguments, expected):
     if arguments[-1] == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")

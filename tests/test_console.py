@@ -59,6 +59,8 @@ def test_devices_and_precisions():
     cpu = choose_device("cpu")
     assert choose_precision("float32", cpu) == torch.float32 and choose_precision("bf16", cpu) == torch.bfloat16
     assert choose_precision("auto", cpu) == (torch.bfloat16 if has_bf16(cpu) else torch.float32)
+    torch.backends.cudnn.allow_tf32 = True
+    assert choose_precision("float32", cpu) == torch.float32 and not torch.backends.cudnn.allow_tf32
     assert choose_device("auto").type in ("cuda", "mps", "cpu")
     layer = torch.nn.Linear(2, 2)
     for dtype in (torch.float32, torch.bfloat16):

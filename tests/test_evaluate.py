@@ -331,6 +331,25 @@ def test_flips_split_checkpoint_and_out(trained, command, tmp_path):
     assert (np.array(both["entries"][0]["confusion"]) >= plain["entries"][0]["confusion"]).all()
 
 
+def test_precisions_are_evaluated_side_by_side(trained, command):
+    for precision in ("float32", "bf16"):
+        command(trained, "--precision", precision)
+    exact, fast = (scores_of(trained / f"evaluation-{name}")["entries"][0] for name in ("float32", "bf16"))
+    assert (exact["precision"], fast["precision"]) == ("float32", "bfloat16")
+    assert exact["scores"]["soft_dice"] != fast["scores"]["soft_dice"]
+
+
+@pytest.mark.parametrize(("precision", "tiles", "expected"), [("bf16", 6, False), ("bf16", 1, True),
+                                                              ("float32", 1, False)])
+def test_many_tiles_are_compiled_for_in_bfloat16(trained, command, monkeypatch, precision, tiles, expected):
+    calls = []
+    monkeypatch.setattr(evaluate, "MANY", tiles)
+    monkeypatch.setattr(torch, "compile", lambda network, **options: lambda x: calls.append(x.shape) or network(x))
+    command(trained, "--precision", precision)
+    assert scores_of(trained / f"evaluation-{precision}")["tiles"] < 6
+    assert bool(calls) == expected
+
+
 def test_the_named_checkpoint_is_the_one_that_is_scored(trained, command):
     checkpoint = trained / "checkpoints/last.pt"
     contents = torch.load(checkpoint, weights_only=True)

@@ -22,10 +22,14 @@ def test_500_becomes_512_with_6_pixels_on_either_side():
     assert len(indices) == 512 and indices[:7].tolist() == [5, 4, 3, 2, 1, 0, 0] and indices[6] == 0
 
 
-def model_of(*widths):
-    """A network in float64 and evaluation mode, whose batch norm has seen something."""
+def model_of(*widths, dropout=0):
+    """A network in float64 and evaluation mode, whose batch norm has seen and learned something."""
     torch.manual_seed(0)
-    model = UNet(widths, dropout=0).double().train()
+    model = UNet(widths, dropout).double().train()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(layer.bias, -0.5, 0.5)
     model(torch.randn(4, 3, 64, 64, dtype=torch.double))
     return model.eval()
 
@@ -113,11 +117,7 @@ def test_certain_networks_stay_finite_where_it_counts():
 
 @pytest.mark.parametrize("dropout", [0, 0.5])
 def test_folding_changes_nothing_but_rounding(dropout):
-    model = model_of(4, 8, 16)
-    if dropout:
-        model = UNet((4, 8, 16), dropout).double()
-        model(torch.randn(4, 3, 64, 64, dtype=torch.double))
-        model.eval()
+    model = model_of(4, 8, 16, dropout=dropout)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fast, images = folded(model), torch.randn(2, 3, 32, 24, dtype=torch.double)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fast.modules())
@@ -170,6 +170,14 @@ def test_the_first_shape_is_compiled_and_others_are_computed_as_before(monkeypat
     answer = compiled(lambda x: 2 * x)
     assert [answer(torch.ones(n)).sum().item() for n in (4, 2, 4)] == [12, 4, 12]
     assert seen == [torch.Size([4])] * 2
+
+
+def test_turned_images_are_compiled_once(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(torch, "compile", lambda network, **options: lambda x: seen.add(x.stride()) or network(x))
+    images = images_of(16, 16, count=2)
+    Predictor.of(model_of(4, 8).float(), lambda x: normalise(x).float(), True, torch.bfloat16, many=True).logits(images)
+    assert len(seen) == 1
 
 
 def test_without_a_compiler_all_is_computed_as_before(monkeypatch, capsys):

@@ -9,9 +9,12 @@ range of the ratios. Where our scripts keep memory (memory.reuse_memory), the pl
 too, and `shipped` as it comes. `roof` is the share of what the hardware could do at most (roofline.py).
 
     train_step       one step of the report's network on 16 crops of 256 x 256 (--quick: 4), ours from the store on
-    inference_512    500 x 500 tiles mirrored to 512 x 512, compiled; ..._eager is not compiled, ..._float32 not folded
-                     either: the exact mode
+    inference_512    500 x 500 tiles mirrored to 512 x 512, as evaluate.py does it with a thousand tiles or more;
+                     ..._few: with fewer; ..._float32: the exact mode
+    ..._compiled     with --device cuda: train.compile=true, and compiled inference, which train.py and evaluate.py do
+                     not do there unasked
     ..._monai, _smp  the same against MONAI's BasicUNet and segmentation_models_pytorch's Unet(resnet34), if installed
+                     (requirements-dev.txt)
     crops            256 x 256 crops of 500 x 500 tiles as uint8, one core; against a DataLoader of compressed npz files
                      whose samples come normalised; crops_normalised: ours normalised too
     snapshot         copy weights and Adam state and put them back; against deepcopy
@@ -28,12 +31,15 @@ too, and `shipped` as it comes. `roof` is the share of what the hardware could d
     field_maps       the same for 64 pixels, several in one backward pass against one each
     field_float32    field_maps with float32 on both sides
     epoch, scaling   with --device cuda, or named (hours on a CPU): the report's epoch, and what a step costs by crop,
-                     batch, widths and tiles
+                     batch, widths and tiles; on a GPU compiled
+
+What was measured is written after each benchmark, so that an interrupted run keeps what it has.
 """
 
 import argparse
 import json
 import platform
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,6 +53,7 @@ PACKAGES = ("torch", "numpy", "scipy", "pillow", "monai", "segmentation-models-p
 QUICK = ("train_step", "inference_512", "crops", "snapshot", "filter_check", "filter_pass", "filter_verdicts",
          "field_map")
 ONLY_BY_NAME = ("epoch", "scaling")  # on a CPU
+ROUNDS, QUICK_ROUNDS = 5, 2  # at least
 
 
 def benchmarks(device: str) -> dict:
@@ -62,7 +69,7 @@ def benchmarks(device: str) -> dict:
 def rows_of(name: str, setting: Setting, sides: Sides) -> Iterator[dict]:
     task = benchmarks(setting.device)[name]
     if isinstance(task, Race):
-        yield {"name": name, **compete(task, setting, 2 if setting.quick else 5, sides)}
+        yield {"name": name, **compete(task, setting, QUICK_ROUNDS if setting.quick else ROUNDS, sides)}
         return
     found = task(setting)
     for row in [found] if isinstance(found, dict) else found:
@@ -84,9 +91,16 @@ def weighed(row: dict, peaks: dict[str, float]) -> dict:
     return row
 
 
+def processor() -> str:
+    """What the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return named.group(1) if named else platform.processor() or platform.machine()
+
+
 def machine(setting: Setting) -> str:
     """What it was measured on."""
-    found = [platform.processor() or platform.machine(), f"{cores()} cores", f"Python {platform.python_version()}"]
+    found = [processor(), f"{cores()} cores", f"Python {platform.python_version()}"]
     if setting.device == "cuda":
         import torch
 
@@ -110,13 +124,15 @@ def describe(row: dict) -> list[str]:
         return "" if row.get(name) is None else f"{row[name]:.3g}"
 
     same, shipped = ratio("same_allocator"), ratio("as_shipped")
-    return [row["name"], number("ours"), number("baseline"), row["unit"], same, "" if shipped == same else shipped,
+    unit = row["unit"] + (f" of {row['batch_ours']}" if "batch_ours" in row else "")
+    return [row["name"], number("ours"), number("baseline"), unit, same, "" if shipped == same else shipped,
             number("gflop_ours"), number("gflop_baseline"),
             percent(row["roofline_ours"]) if "roofline_ours" in row else ""]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m tools.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/demo"), metavar="DIR",
                         help="folder of demo tiles (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the above (default: all)")
@@ -125,10 +141,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
-    from hardware import choose_device
-    from tools.benchmark import roofline
-
-    choose_device(args.device)
     known = benchmarks(args.device)
     names = args.only or [name for name in known if (name in QUICK or not args.quick)
                           and (name not in ONLY_BY_NAME or args.device == "cuda")]
@@ -137,21 +149,45 @@ def main() -> None:
         raise UserError(f"--only {unknown[0]}: no such benchmark here; expected some of {', '.join(known)}")
     if not (args.data / "truth.csv").is_file():
         raise UserError(f"{args.data}: no demo tiles; `python -m tools.make_demo_data {args.data}` makes them")
-    setting = Setting(args.data.resolve(), args.quick, args.device)
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder; make it first")
+    measure(names, Setting(args.data.resolve(), args.quick, args.device), args.json)
+
+
+def measure(names: list[str], setting: Setting, out: Path | None) -> None:
+    """Run benchmarks, print their table, write their rows: also of those that an interruption lets finish."""
+    import torch
+
+    from tools.benchmark import roofline
+
+    if setting.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine, or this torch, has no CUDA GPU that can be used")
     print(machine(setting), flush=True)
-    peaks = in_new_process(roofline.peaks, setting)
-    print(f"at most {peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16, "
-          f"{peaks['bytes'] / 1e9:,.0f} GB/s", flush=True)
-    rows = []
-    with Progress("", len(names), "benchmark") as progress, Sides() as sides:
-        for name in names:
-            progress.title = name
-            rows += [weighed(row, peaks) for row in rows_of(name, setting, sides)]
-            progress.advance()
-    print(table(["benchmark", "ours", "baseline", "unit", "baseline / ours: same", "shipped", "GFLOP", "baseline",
-                 "roof"], [describe(row) for row in rows]))
-    if args.json:
-        write_text(args.json, json.dumps(rows, indent=2) + "\n")
+    peaks, rows = in_new_process(roofline.peaks, setting), []
+
+    def weighed_rows() -> list[dict]:
+        facts = {"device": setting.device, "quick": setting.quick, "machine": machine(setting), "peaks": peaks}
+        return [weighed(row, peaks) | facts for row in rows]
+
+    try:
+        with Progress("", len(names), "benchmark") as progress, Sides() as sides:
+            for name in names:
+                progress.title = name
+                for row in rows_of(name, setting, sides):
+                    rows.append(row)
+                    if out:
+                        write_text(out, json.dumps(weighed_rows(), indent=2) + "\n")
+                progress.advance()
+        # a neighbour may have disturbed the first time
+        again = in_new_process(roofline.peaks, setting)
+        peaks = {what: max(peak, again[what]) for what, peak in peaks.items()}
+    finally:
+        print(table(["benchmark", "ours", "baseline", "unit", "baseline / ours: same", "shipped", "GFLOP", "baseline",
+                     "roof"], [describe(row) for row in weighed_rows()]))
+        print(f"at most {peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16, "
+              f"{peaks['bytes'] / 1e9:,.0f} GB/s" + setting.quick * "; --quick is a first impression, not to be quoted")
+        if out:
+            write_text(out, json.dumps(weighed_rows(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The network: training step, inference, snapshots and crops, against the plain way and other libraries' U-Nets.
 
-Ours is what train.py and evaluate.py run, the batch's way out of the store included; the plain way of a training step
-is given its batch for nothing.
+Ours is what train.py and evaluate.py run, with the batch's way out of the store and, of tiles, to the device; the plain
+way of a training step is given its batch for nothing. On a GPU the plain way's float32 is what PyTorch makes of it:
+convolutions in TF32.
 """
 
 import tempfile
@@ -17,7 +18,8 @@ from torch import nn
 import train
 from config import Config, Model, Train
 from dataset import Crops, Statistics, normalise, store_on, training_crops
-from entries import predictor_of
+from entries import Entry, predictor_of
+from evaluate import tiles_at_once
 from hardware import choose_precision
 from tools.benchmark import plain
 from tools.benchmark.race import Lap, Race, Setting
@@ -69,7 +71,7 @@ def steps_of_a_lap(setting: Setting) -> int:
     return 50 if setting.device == "cuda" else 1
 
 
-def our_steps(setting: Setting, compiled: bool) -> Lap:
+def our_steps(setting: Setting, compiled: bool = Train.compile) -> Lap:
     batch, steps = batch_size(setting), steps_of_a_lap(setting)
     work = work_of(trainer(setting.device, batch, 1))
     run = trainer(setting.device, batch, steps, compiled=compiled)
@@ -111,18 +113,22 @@ def tiles_of_a_lap(setting: Setting) -> int:
     return 64 if setting.device == "cuda" else 1 if setting.quick else 4
 
 
-def our_inference(setting: Setting, many: bool, precision: str = "auto") -> Lap:
-    """As evaluate.py does it, several tiles at once; `many` of them, so that compiling pays."""
+def our_inference(setting: Setting, many: bool = False, compiled: bool = False, precision: str = "auto") -> Lap:
+    """As evaluate.py does it, `many` tiles or few; or `compiled` where it would not be."""
     device, count = torch.device(setting.device), tiles_of_a_lap(setting)
     model = trained_network().to(device, memory_format=torch.channels_last)
     dtype = choose_precision(precision, device)
-    images = torch.from_numpy(random_store(count)[..., :3].copy()).to(device)
+    images = torch.from_numpy(random_store(count)[..., :3].copy())
 
-    def predictor(many: bool) -> partial:
-        found = predictor_of(model, STATISTICS, False, dtype, many)
-        return partial(lambda: [found.logits(part).argmax(1).cpu() for part in images.split(16)])
+    def entry(compiled: bool) -> Entry:
+        return Entry("ours", Config(), Path(), device, "", predictor_of(model, STATISTICS, False, dtype, compiled),
+                     model, STATISTICS, precision=dtype)
 
-    return Lap(predictor(many), count, {"work": work_of(predictor(False))})
+    def lap(entry: Entry) -> list[torch.Tensor]:
+        return [entry.answer(part.to(device), [])[0].cpu() for part in images.split(tiles_at_once(TILE, TILE))]
+
+    ours = entry(compiled).for_many() if many else entry(compiled)
+    return Lap(partial(lap, ours), count, {"work": work_of(partial(lap, entry(compiled=False)))})
 
 
 def plain_inference(setting: Setting, network: str = "") -> Lap:
@@ -147,11 +153,12 @@ def our_crops(setting: Setting, normalised: bool = False) -> Lap:
     store[:] = random_store(tiles)
     crops = random_crops(count, tiles)
 
-    def run() -> None:
+    def run() -> int:
         assert folder  # lives as long as the lap
+        count = 0
         for batch in crops.batches_on(torch.device("cpu"), store, Train.batch_size):
-            if normalised:
-                normalise(batch[..., :3], STATISTICS)
+            count += len(normalise(batch[..., :3], STATISTICS) if normalised else batch)
+        return count
 
     return Lap(run, count)
 
@@ -162,10 +169,9 @@ def plain_crops(setting: Setting) -> Lap:
     plain.Tiles.write(Path(folder.name), random_store(count))
     loader = plain.loader(plain.Tiles(Path(folder.name), count, CROP, STATISTICS), Train.batch_size)
 
-    def run() -> None:
+    def run() -> int:
         assert folder
-        for _ in loader:
-            pass
+        return sum(len(images) for images, _ in loader)
 
     return Lap(run, count)
 
@@ -200,27 +206,25 @@ def plain_snapshot(setting: Setting) -> Lap:
 def races(device: str) -> dict[str, Race]:
     """By name; those against other libraries where these are installed."""
     step, tile = "ms a step", "ms a tile"
-    compiled = device == "cuda"
 
     def network_race(ours: partial, baseline: partial, unit: str) -> Race:
         return Race(ours, baseline, unit, keeps_memory=device == "cpu")
 
     found = {
-        "train_step": network_race(partial(our_steps, compiled=compiled), plain_steps, step),
+        "train_step": network_race(our_steps, plain_steps, step),
         "inference_512": network_race(partial(our_inference, many=True), plain_inference, tile),
-        "inference_512_eager": network_race(partial(our_inference, many=False), plain_inference, tile),
-        "inference_512_float32": network_race(partial(our_inference, many=False, precision="float32"),
-                                              plain_inference, tile),
+        "inference_512_few": network_race(our_inference, plain_inference, tile),
+        "inference_512_float32": network_race(partial(our_inference, precision="float32"), plain_inference, tile),
         "crops": Race(our_crops, plain_crops, "ms a crop", one_thread=True),
         "crops_normalised": Race(partial(our_crops, normalised=True), plain_crops, "ms a crop", one_thread=True),
         "snapshot": network_race(our_snapshot, plain_snapshot, "ms"),
     }
-    if device == "cuda":
-        found["train_step_eager"] = network_race(partial(our_steps, compiled=False), plain_steps, step)
+    if device == "cuda":  # so that it can be known what would pay there
+        found["train_step_compiled"] = network_race(partial(our_steps, compiled=True), plain_steps, step)
+        found["inference_512_compiled"] = network_race(partial(our_inference, compiled=True), plain_inference, tile)
     for name, package in PEERS.items():
         if find_spec(package):
-            found[f"train_step_{name}"] = network_race(partial(our_steps, compiled=compiled),
-                                                       partial(plain_steps, network=name), step)
+            found[f"train_step_{name}"] = network_race(our_steps, partial(plain_steps, network=name), step)
             found[f"inference_512_{name}"] = network_race(partial(our_inference, many=True),
                                                           partial(plain_inference, network=name), tile)
     return found

@@ -10,19 +10,23 @@ next to each other.
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from console import UserError
-from memory import reuse_memory
-from parallel import single_threaded
+from memory import enough_memory, reuse_memory
+from parallel import deaf_to_interrupts, single_threaded
 
 ENOUGH, MOST_ROUNDS = 4.0, 15  # seconds of laps; rounds of short ones
+LESS_MEMORY = "close other programs, or try --quick"
+PREPARE, RUN, FORGET = "prepare", "run", "forget"  # what a side is asked
 
 
 @dataclass(frozen=True)
@@ -78,22 +82,23 @@ class Side:
         context = get_context("spawn")
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(there, keeps_memory), daemon=True)
-        self.process.start()
+        with deaf_to_interrupts():
+            self.process.start()
         there.close()
 
-    def ask(self, *message: Any) -> Any:
-        self.tell(*message)
+    def ask(self, what: str, *arguments: Any) -> Any:
+        self.tell(what, *arguments)
         return self.answer()
 
-    def tell(self, *message: Any) -> None:
-        self.pipe.send(message)
+    def tell(self, what: str, *arguments: Any) -> None:
+        self.pipe.send((what, *arguments))
 
     def answer(self) -> Any:
         try:
             answer = self.pipe.recv()
         except EOFError:
-            raise UserError("a process of the benchmark ended before its time, perhaps for lack of memory; try "
-                            "--quick") from None
+            raise UserError(f"a process of the benchmark ended before its time, perhaps for lack of memory: "
+                            f"{LESS_MEMORY}") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -107,26 +112,33 @@ def _serve(pipe: Any, keeps_memory: bool) -> None:
     if keeps_memory:
         reuse_memory()
     lap = setting = None
+
+    def answer(what: str, *arguments: Any) -> Any:
+        nonlocal lap, setting
+        if what == PREPARE:
+            prepare, setting = arguments
+            lap = prepare(setting)
+            return lap.items, lap.facts
+        if what == RUN:
+            start = time.perf_counter()
+            lap.run()
+            return time.perf_counter() - start
+        lap = None
+        return setting.give_back()
+
     while True:
         try:
             message = pipe.recv()
-        except EOFError:  # the other end is closed: all is done
+            try:
+                with enough_memory(LESS_MEMORY):
+                    found = answer(*message)
+            except UserError as error:
+                found = error
+            except Exception:  # as text, since not every error can travel
+                found = RuntimeError(f"in a process of the benchmark:\n{traceback.format_exc()}")
+            pipe.send(found)
+        except (EOFError, OSError):  # the other end is closed: all is done
             return
-        try:
-            if message == ("done",):
-                lap = None
-                setting.give_back()
-                pipe.send(None)
-            elif message:
-                prepare, setting = message
-                lap = prepare(setting)
-                pipe.send((lap.items, lap.facts))
-            else:
-                start = time.perf_counter()
-                lap.run()
-                pipe.send(time.perf_counter() - start)
-        except Exception as error:
-            pipe.send(error)
 
 
 class Sides:
@@ -158,11 +170,11 @@ def compete(race: Race, setting: Setting, rounds: int, sides: Sides) -> dict:
     """The row of a race: medians of each side, and of the ratios of neighbouring laps with their range."""
     racing = sides.of(race)
     for name, side in racing.items():
-        side.tell(race.ours if name == "ours" else race.baseline, setting)
+        side.tell(PREPARE, race.ours if name == "ours" else race.baseline, setting)
     prepared = {name: side.answer() for name, side in racing.items()}
-    row = turns({name: side.ask for name, side in racing.items()}, prepared, race.unit, rounds)
+    row = turns({name: partial(side.ask, RUN) for name, side in racing.items()}, prepared, race.unit, rounds)
     for side in racing.values():
-        side.ask("done")
+        side.ask(FORGET)
     return row
 
 
@@ -177,8 +189,8 @@ def turns(laps: dict[str, Callable[[], float]], prepared: dict[str, tuple[int, d
     while number <= rounds or (spent < ENOUGH and number <= MOST_ROUNDS):
         for name, lap in laps.items():
             seconds = lap()
-            spent += seconds
             if number:
+                spent += seconds
                 times[name].append(scale * seconds / prepared[name][0])
         number += 1
 
@@ -197,14 +209,15 @@ def turns(laps: dict[str, Callable[[], float]], prepared: dict[str, tuple[int, d
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    """The function's result from a new process that keeps its memory, as the scripts that need torch do."""
+    with ProcessPoolExecutor(1, get_context("spawn"), reuse_memory) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result from a new process whose libraries use one thread."""
-    with single_threaded():
-        return in_new_process(function, *arguments)
+    """The function's result from a new process as it comes, whose libraries use one thread."""
+    with single_threaded(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def plain_row(ours: float, baseline: float | None, unit: str, ratios: Sequence[float] = (), **facts: Any) -> dict:

@@ -1,6 +1,6 @@
 """How fast could it be? What the machine can do at most, and the least time that it would need for a piece of work.
 
-    work    the operations of a task, each with its FLOP and the bytes that it reads and writes
+    work    the operations of a task, each with its FLOP and the bytes that it must read and write
     bound   the sum over operations of FLOP / peak FLOP a second or bytes / peak bytes a second, whichever is longer
             (Williams et al. 2009); a compiler that joins operations may be faster than this
 """
@@ -20,6 +20,11 @@ from tools.benchmark.race import Setting
 
 Work = list[tuple[str, float, float]]  # of each operation the dtype, FLOP and bytes
 
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # touch nothing
+OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_", "bernoulli_", "normal_", "random_",
+              "uniform_"}  # do not read what they write to
+LOOKUPS = {"index", "index_select", "gather"}  # read as much of their first argument as they return
+
 
 class Operations(TorchDispatchMode):
     """Notes the work of every operation that is called while it is open."""
@@ -33,10 +38,32 @@ class Operations(TorchDispatchMode):
         if not function.is_view:
             count = flop_registry.get(function.overloadpacket)
             flop = count(*args, **(kwargs or {}), out_val=result) if count else 0
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-            dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
-            self.work.append((dtype, float(flop), float(sum(tensor.nbytes for tensor in tensors))))
+            found = _tensors((args, kwargs, result))
+            dtype = str(found[0].dtype).removeprefix("torch.") if found else "float32"
+            self.work.append((dtype, float(flop), float(moved(function, args, kwargs or {}, result))))
         return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def moved(function: Any, args: tuple, kwargs: dict, result: Any) -> int:
+    """Bytes that an operation must read and write: its arguments, those that it changes once more, its results."""
+    name = function._schema.name.removeprefix("aten::")
+    if name in ALLOCATIONS:
+        return 0
+    read, written = [], []
+    for i, argument in enumerate(function._schema.arguments):
+        tensors = _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        written += tensors if changed else []
+        read += [] if changed and name in OVERWRITES else tensors
+    known = {id(tensor) for tensor in written}
+    returned = [tensor for tensor in _tensors(result) if id(tensor) not in known]
+    if name in LOOKUPS:
+        read[0] = returned[0]
+    return sum(tensor.nbytes for tensor in [*read, *written, *returned])
 
 
 def work_of(task: Callable[[], Any]) -> Work:
@@ -55,7 +82,8 @@ def bound(work: Work, peaks: dict[str, float]) -> float:
 
 
 def peaks(setting: Setting) -> dict[str, float]:
-    """FLOP a second in float32 and bfloat16, and bytes a second, as measured here: the best of several tries each."""
+    """FLOP a second in float32 (not TF32) and bfloat16, and bytes a second: the best of several tries each."""
+    torch.backends.cudnn.allow_tf32 = False
     device, small = torch.device(setting.device), setting.device == "cpu"
 
     def best(task: Callable[[], Any], amount: float) -> float:
@@ -76,7 +104,7 @@ def peaks(setting: Setting) -> dict[str, float]:
         found[str(dtype).removeprefix("torch.")] = max(
             best(lambda a=a, b=b: a @ b, 2 * side**3),
             best(lambda x=x, weight=weight: conv2d(x, weight, padding=1), 2 * x.numel() * 256 * 9))
-    source = torch.empty(2**26 if small else 2**28, device=device)
-    target = torch.empty_like(source)
+    source = torch.ones(2**26 if small else 2**28, device=device)  # written, for memory that never was is not there
+    target = torch.ones_like(source)
     found["bytes"] = best(lambda: target.copy_(source), 2 * source.nbytes)
     return found
