@@ -7,10 +7,9 @@
     python evaluate.py runs/dice_ce --images FOLDER
 
 Tiles are mirrored up to the size that the network takes and cropped back, and computed in bfloat16 where the hardware
-has it; --precision float32 is the exact mode (docs/performance.md compares). Scores, tables,
-pictures and a page to look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to
-runs/comparison-A-B-C. --images needs no masks: label images, overlays and the areas of the classes go to
-RUN/predictions-FOLDER (prediction.py).
+has it; --precision float32 is the exact mode (docs/performance.md compares). Scores, tables, pictures and a page to
+look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to runs/comparison-A-B-C. --images
+needs no masks: label images, overlays and the areas of the classes go to RUN/predictions-FOLDER (prediction.py).
 """
 
 import argparse

@@ -15,7 +15,7 @@ def reuse_memory() -> None:
     """Let this process keep the memory that it frees, where the C library is glibc.
 
     By default glibc hands every large array back to the kernel, which must clear and map its pages again for the next
-    one: a fifth of a training step. The price is that the process never shrinks, and may grow by a quarter.
+    one: a fifth of a step of the report's network. The price is that the process never shrinks, and grows somewhat.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

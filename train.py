@@ -246,7 +246,7 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
     if history:
         runs.write_metrics(folder / "metrics.csv", history)  # a kill may have come before its last row
     if config.train.compile and not ending(history, config):
-        print("train.compile: the first steps take a minute or two, in which the network is compiled", flush=True)
+        print("train.compile: the first steps are slow, for the network is compiled", flush=True)
     while not ending(history, config):
         row = next_row(learner, data, config, history)
         is_best = row["val_loss"] < min((before["val_loss"] for before in history), default=math.inf)

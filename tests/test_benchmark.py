@@ -68,14 +68,17 @@ def test_the_plain_way_predicts_what_ours_predicts():
     assert (torch.stack(plain.predict(model, images, 16, STATISTICS)()) == ours.argmax(1)).float().mean() > 0.999
 
 
-def test_the_plain_way_trains_the_same_network_on_as_many_pixels():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_plain_way_trains_the_same_network_on_as_many_pixels(bf16):
     torch.manual_seed(0)
     model = UNet((4, 8), dropout=0)
-    step = plain.step(model, torch.randn(2, 3, 16, 16), torch.randint(0, 3, (2, 16, 16)))
+    step = plain.step(model, torch.randn(2, 3, 16, 16), torch.randint(0, 3, (2, 16, 16)), bf16)
     losses = [step() for _ in range(5)]
     assert losses[-1] < losses[0]
     ours = roofline.work_of(trainer("cpu", 2, 1, 16, (4, 8)))
-    assert roofline.flop(ours) == roofline.flop(roofline.work_of(step)) > 0
+    plain_work = roofline.work_of(step)
+    assert roofline.flop(ours) == roofline.flop(plain_work) > 0
+    assert ("bfloat16" in {dtype for dtype, flop, _ in plain_work if flop}) == bf16
 
 
 def test_the_plain_loader_gives_normalised_crops_of_the_tiles(tmp_path):

@@ -19,6 +19,13 @@ def train_and_evaluate(folder, name):
     return {name: score["value"] for name, score in dice.items()}, scores["best_constant"]["dice_mean"]
 
 
+def shares(entry):
+    """The scores from 0 to 1 by name and class: all but distances, which one pixel can move far."""
+    return {f"{name} {class_}": number["value"] for name, score in entry["scores"].items()
+            if name not in ("tile_hausdorff", "tile_hd95")
+            for class_, number in ({"": score} if "value" in score else score).items()}
+
+
 def assert_precision_does_not_matter(folder, name):
     """Of the run as evaluated in whatever is fastest here, and in float32."""
     out = script("evaluate.py", f"runs/{name}", "--precision", "float32", "--out", "exact", cwd=folder, limit=1800)
@@ -30,11 +37,7 @@ def assert_precision_does_not_matter(folder, name):
     assert np.mean([a == b for a, b in zip(fast, exact, strict=True)]) >= 0.999
     fast, exact = (json.loads((evaluation / "scores.json").read_text())["entries"][0] for evaluation in evaluations)
     assert exact["precision"] == "float32"
-    for score in ("soft_dice", "pixel_accuracy", "ece"):
-        assert fast["scores"][score]["value"] == pytest.approx(exact["scores"][score]["value"], abs=1e-3)
-    for score in ("dice", "iou", "precision", "recall"):
-        for class_, number in exact["scores"][score].items():
-            assert fast["scores"][score][class_]["value"] == pytest.approx(number["value"], abs=1e-3)
+    assert shares(fast) == pytest.approx(shares(exact), abs=1e-3)
 
 
 @pytest.fixture

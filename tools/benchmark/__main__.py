@@ -9,6 +9,7 @@ range of the ratios. Where our scripts keep memory (memory.reuse_memory), the pl
 too, and `shipped` as it comes. `roof` is the share of what the hardware could do at most (roofline.py).
 
     train_step       one step of the report's network on 16 crops of 256 x 256 (--quick: 4), ours from the store on
+    ..._channels_last, _bf16, _both   named only: the plain training step with these parts of ours
     inference_512    500 x 500 tiles mirrored to 512 x 512, as evaluate.py does it with a thousand tiles or more;
                      ..._few: with fewer; ..._float32: the exact mode
     ..._compiled     with --device cuda: train.compile=true, and compiled inference, which train.py and evaluate.py do
@@ -50,9 +51,10 @@ from parallel import cores
 from tools.benchmark.race import Race, Setting, Sides, compete, in_new_process
 
 PACKAGES = ("torch", "numpy", "scipy", "pillow", "monai", "segmentation-models-pytorch")
+PARTS = ("train_step_channels_last", "train_step_bf16", "train_step_both")
 QUICK = ("train_step", "inference_512", "crops", "snapshot", "filter_check", "filter_pass", "filter_verdicts",
          "field_map")
-ONLY_BY_NAME = ("epoch", "scaling")  # on a CPU
+ONLY_BY_NAME = {"cpu": ("epoch", "scaling", *PARTS), "cuda": PARTS}
 ROUNDS, QUICK_ROUNDS = 5, 2  # at least
 
 
@@ -142,8 +144,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     known = benchmarks(args.device)
-    names = args.only or [name for name in known if (name in QUICK or not args.quick)
-                          and (name not in ONLY_BY_NAME or args.device == "cuda")]
+    names = args.only or [name for name in known if name not in ONLY_BY_NAME[args.device]
+                          and (name in QUICK or not args.quick)]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"--only {unknown[0]}: no such benchmark here; expected some of {', '.join(known)}")
@@ -162,12 +164,16 @@ def measure(names: list[str], setting: Setting, out: Path | None) -> None:
 
     if setting.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine, or this torch, has no CUDA GPU that can be used")
-    print(machine(setting), flush=True)
+    named = machine(setting)
+    print(named, flush=True)
     peaks, rows = in_new_process(roofline.peaks, setting), []
 
-    def weighed_rows() -> list[dict]:
-        facts = {"device": setting.device, "quick": setting.quick, "machine": machine(setting), "peaks": peaks}
-        return [weighed(row, peaks) | facts for row in rows]
+    def save() -> list[dict]:
+        facts = {"device": setting.device, "quick": setting.quick, "machine": named, "peaks": peaks}
+        found = [weighed(row, peaks) | facts for row in rows]
+        if out:
+            write_text(out, json.dumps(found, indent=2) + "\n")
+        return found
 
     try:
         with Progress("", len(names), "benchmark") as progress, Sides() as sides:
@@ -175,19 +181,16 @@ def measure(names: list[str], setting: Setting, out: Path | None) -> None:
                 progress.title = name
                 for row in rows_of(name, setting, sides):
                     rows.append(row)
-                    if out:
-                        write_text(out, json.dumps(weighed_rows(), indent=2) + "\n")
+                    save()
                 progress.advance()
         if not setting.quick:  # a neighbour may have disturbed the first time
             again = in_new_process(roofline.peaks, setting)
             peaks = {what: max(peak, again[what]) for what, peak in peaks.items()}
     finally:
         print(table(["benchmark", "ours", "baseline", "unit", "baseline / ours: same", "shipped", "GFLOP", "baseline",
-                     "roof"], [describe(row) for row in weighed_rows()]))
+                     "roof"], [describe(row) for row in save()]))
         print(f"at most {peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16, "
               f"{peaks['bytes'] / 1e9:,.0f} GB/s" + setting.quick * "; --quick is a first impression, not to be quoted")
-        if out:
-            write_text(out, json.dumps(weighed_rows(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -83,19 +83,22 @@ def our_steps(setting: Setting, compiled: bool = Train.compile) -> Lap:
     return Lap(lap, steps, {"work": steps * work, "batch": batch})
 
 
-def plain_steps(setting: Setting, network: str = "") -> Lap:
+def plain_steps(setting: Setting, network: str = "", channels_last: bool = False, bf16: bool = False) -> Lap:
     batch, steps = batch_size(setting), steps_of_a_lap(setting)
     torch.manual_seed(0)
     model = (peer(network) if network else UNet()).to(setting.device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
     step = plain.step(model, torch.randn(batch, 3, CROP, CROP, device=setting.device),
-                      torch.randint(0, CLASSES, (batch, CROP, CROP), device=setting.device))
+                      torch.randint(0, CLASSES, (batch, CROP, CROP), device=setting.device), bf16)
     work = work_of(step)
 
     def lap() -> None:
         for _ in range(steps):
             step()
 
-    return Lap(lap, steps, {"work": steps * work, "parameters": sum(weight.numel() for weight in model.parameters())})
+    return Lap(lap, steps, {"work": steps * work, "batch": batch,
+                            "parameters": sum(weight.numel() for weight in model.parameters())})
 
 
 # ---------------------------------------------------------------------------------------------- inference
@@ -219,6 +222,9 @@ def races(device: str) -> dict[str, Race]:
         "crops_normalised": Race(partial(our_crops, normalised=True), plain_crops, "ms a crop", one_thread=True),
         "snapshot": network_race(our_snapshot, plain_snapshot, "ms"),
     }
+    for part in ("channels_last", "bf16", "both"):
+        found[f"train_step_{part}"] = network_race(
+            partial(plain_steps, channels_last=part != "bf16", bf16=part != "channels_last"), plain_steps, step)
     if device == "cuda":  # so that it can be known what would pay there
         found["train_step_compiled"] = network_race(partial(our_steps, compiled=True), plain_steps, step)
         found["inference_512_compiled"] = network_race(partial(our_inference, compiled=True), plain_inference, tile)

@@ -49,14 +49,16 @@ def loader(dataset: Tiles, batch_size: int) -> DataLoader:
     return DataLoader(dataset, batch_size, shuffle=True)
 
 
-def step(model: nn.Module, images: Tensor, target: Tensor) -> Callable[[], float]:
-    """A function that makes one training step."""
+def step(model: nn.Module, images: Tensor, target: Tensor, bf16: bool = False) -> Callable[[], float]:
+    """A function that makes one training step, with bfloat16 autocast if asked."""
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, weight_decay=3e-5)
     model.train()
 
     def run() -> float:
         optimizer.zero_grad()
-        loss = LOSSES["dice_ce"](model(images), target)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(images)
+        loss = LOSSES["dice_ce"](logits, target)
         loss.backward()
         optimizer.step()
         return loss.item()
