@@ -48,7 +48,8 @@ class Data:
                    f"e.g. frames/frame#{{key}}.png; it is '{pattern}'")
         _check(len(self.classes) >= 2, f"data.classes needs at least two names, it has {len(self.classes)}")
         _check(len(set(self.classes)) == len(self.classes), "data.classes names a class twice")
-        _check("mean" not in self.classes, "data.classes: 'mean' names the average over classes; choose another name")
+        for name, meaning in (("mean", "the average over classes"), ("all", "all classes together")):
+            _check(name not in self.classes, f"data.classes: '{name}' names {meaning}; choose another name")
         _check(len(self.greys) == len(self.classes), f"data.greys needs one value for each of the {len(self.classes)} "
                f"classes, it has {len(self.greys)}")
         _check(len(set(self.greys)) == len(self.greys) and all(0 <= grey <= 255 for grey in self.greys),
@@ -228,14 +229,18 @@ def apply_overrides(config: Config, overrides: Iterable[str], allowed: Sequence[
         *section, key = name.split(".")
         target = values[section[0]] if section else values
         try:
-            target[key] = text if kinds[name] is str or _is_literal(kinds[name]) else yaml.safe_load(text)
+            as_text = kinds[name] is str or _is_literal(kinds[name])
+            target[key] = text if as_text else yaml.load(text, _Loader)
         except (yaml.YAMLError, ValueError):
             raise UserError(f"command line: {name}: cannot read the value '{text}'") from None
     return from_dict(values, "command line" if overrides else "config")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of duplicate keys without a word; a setting that is overruled unseen must not happen."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML without its surprises: a key that stands twice is an error, and 010, 1:30 and 1_0 are no numbers.
+
+    PyYAML keeps the last of duplicate keys without a word, and reads these three as 8, 90 and 10 (YAML 1.1).
+    """
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -248,12 +253,21 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+NUMBERS = {"tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)",
+           "tag:yaml.org,2002:float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _tag, _pattern in NUMBERS.items():  # a part of what PyYAML takes for numbers, so what it writes is read as it was
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+0123456789."))
+
+
 def _read_yaml(path: Path) -> dict:
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
         raise UserError(f"{path}: no such config file (in its folder: {known})")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, bytes that are no text
@@ -310,7 +324,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return tuple(_convert(typing.get_args(kind)[0], item, name) for item in value)
     if kind is float:
         try:  # PyYAML reads 5e-4 as a string: YAML 1.1 wants 5.0e-4
-            number = float("nan" if isinstance(value, bool) else value)
+            number = float("nan" if isinstance(value, bool) or "_" in str(value) else value)
         except (TypeError, ValueError):
             number = float("nan")
         _check(number == number and abs(number) != float("inf"), f"{name} must be a number; it is {value!r}")

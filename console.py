@@ -3,9 +3,15 @@
 Progress and errors go to stderr, results to stdout, so that `python evaluate.py runs/demo > scores.txt` stays clean.
 """
 
+import argparse
+import os
+import re
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,7 +19,7 @@ PLAIN_LINE_SECONDS = 30  # without a terminal: at most one progress line in this
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was expected, what came, where, and what to do."""
+    """Something the user can fix. The message says what was expected, what came, where, and what to do."""
 
 
 class Progress:
@@ -74,20 +80,50 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def command(*words: str) -> str:
+    """The words as one line to paste into the shell: sh and its kin, on Windows cmd and PowerShell."""
+    if os.name != "nt":
+        return shlex.join(words)
+    return " ".join(word if re.fullmatch(r"[\w.:=,+/\\-]+", word) else f'"{word}"' for word in words)
+
+
+def argument_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """The parser of a script, whose help is the script's docstring; `run` looks at --traceback."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     **options)
+    parser.add_argument("--traceback", action="store_true", help="on an error show where in the code it arose")
+    return parser
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`; end with exit code 2 and one line where the user can mend the cause, 130 on Ctrl-C."""
+    """Call a script's `main`; end with exit code 2 and one line where the user can fix the cause, 130 on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that this console cannot show must not end hours of work
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _flush_output()
     except BrokenPipeError:  # the reader of our output, `head` say, has had enough
         sys.stderr.close()
         sys.exit(1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        message = getattr(error, "strerror", None) or error
+        if "--traceback" in sys.argv:
+            traceback.print_exception(error)
+        print(f"error: {where}{message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
         sys.exit(130)
+
+
+def _flush_output() -> None:
+    """Notice here, not after the end, that a full disk has not taken what was printed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
+        raise UserError(f"what was printed could not be written ({error.strerror})") from error

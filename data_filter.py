@@ -13,9 +13,7 @@ To overrule a verdict, edit the column `split` of tiles.csv: train and test keep
 the filter keeps every verdict that was set by hand.
 """
 
-import argparse
 import os
-import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +27,7 @@ import audit
 import filter_report
 import review
 from config import Config, Filter, load_config
-from console import Progress, UserError, run, warn
+from console import Progress, UserError, argument_parser, command, run, warn
 from dataset import (
     SPLITS,
     TILE_LIST,
@@ -44,7 +42,7 @@ from dataset import (
     split_by_group,
     write_tiles,
 )
-from files import held, names, refuse_loss
+from files import LOCK, locked, names, refuse_loss, replacing_folder
 from filter_report import Filtered
 from parallel import Map, cores, spread
 
@@ -200,7 +198,7 @@ def refuse_corrupt(tiles: Sequence[Tile], skip: bool) -> None:
     for tile in corrupt:
         warn(tile.reason)
     if corrupt and not skip:
-        raise UserError(f"corrupt tiles, see above: {len(corrupt)} of {len(tiles)}; {TILE_LIST} was not written. Mend "
+        raise UserError(f"corrupt tiles, see above: {len(corrupt)} of {len(tiles)}; {TILE_LIST} was not written. Fix "
                         "or remove them, or go on without them by --skip-corrupt")
 
 
@@ -228,7 +226,7 @@ def warn_of(result: Filtered, config: Config) -> None:
     pixels = {split: result.pixels[[tile.split == split for tile in result.tiles]].sum(axis=0) for split in SPLITS}
     for split in SPLITS:
         if not pixels[split].any():
-            warn(f"no tile has split = {split}; train.py and evaluate.py need both, so mend {TILE_LIST}")
+            warn(f"no tile has split = {split}; train.py and evaluate.py need both, so fix {TILE_LIST}")
     for name, *counts in zip(config.data.classes, *pixels.values(), strict=True):
         if not any(counts):
             warn(f"no pixel of {name} in the tiles that are kept")
@@ -237,7 +235,7 @@ def warn_of(result: Filtered, config: Config) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="an experiment, e.g. configs/demo.yaml")
     parser.add_argument("--skip-corrupt", action="store_true",
                         help="list tiles that cannot be read as `corrupt` and go on (default: stop after judging all)")
@@ -257,19 +255,20 @@ def main() -> None:
     result = filter_tiles(config, args.workers, before, partial(announce, config=config))
     refuse_corrupt(result.tiles, args.skip_corrupt)
     changes = review.differences(before, text, result.tiles)
-    with held(root):
-        filter_report.write(folder, result, config, changes, path)
+    with locked(root / LOCK, f"{root}: another process writes {TILE_LIST} or packs its tiles", wait=True):
+        with replacing_folder(folder) as partial_folder:
+            filter_report.write(partial_folder, result, config, changes, path)
+            if text != (path.read_bytes() if path.exists() else b""):
+                raise UserError(f"{path}: was edited while the tiles were judged; it and {folder} are left as they "
+                                "are. Run data_filter.py again")
         if not result.kept:
-            raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then mend "
+            raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then fix "
                             "the masks or relax filter.min_foreground and filter.max_blank")
-        if text != (path.read_bytes() if path.exists() else b""):
-            raise UserError(f"{path}: was edited while the tiles were judged, and is left as it is; run data_filter.py "
-                            "again")
         write_tiles(path, result.tiles)
     print(*filter_report.copies(result), *changes, "", filter_report.verdicts(result, config.data.classes), sep="\n")
     warn_of(result, config)
     print(f"\nwrote {path}, and {folder} to look at: {names(folder)}\n"
-          f"next:  python train.py {shlex.join(['--config', args.config, *args.overrides])}")
+          f"next:  {command('python', 'train.py', '--config', args.config, *args.overrides)}")
 
 
 if __name__ == "__main__":

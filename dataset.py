@@ -9,13 +9,14 @@ made from these keys.
 """
 
 import csv
-import glob
 import hashlib
 import io
 import json
 import math
 import re
 import struct
+import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from console import Progress, UserError
-from files import held, remove_leftovers, replacing
+from files import LOCK, locked, remove_leftovers, replacing
 
 if TYPE_CHECKING:  # the filter and its worker processes need no torch, whose import takes seconds
     import torch
@@ -41,7 +42,9 @@ SPLITS = ("train", "test")
 DROPPED = ("sparse", "misregistered", "unmarked", "shifted", "duplicate", "corrupt", "excluded")  # the last: by hand
 MAX_PIXELS = 64_000_000  # larger headers are refused before anything is decoded: a small file can hold a huge image
 ORIENTATION = 0x0112  # the EXIF tag
+STORE_FORMAT = "crc-unet tiles 2"
 HEADER_BYTES = 4096  # of the store; one page, so that the pixels stay aligned
+_pillows_limit = threading.Lock()
 
 
 def generator(seed: int, epoch: int, fold: int, purpose: str) -> np.random.Generator:
@@ -63,20 +66,31 @@ def _entropy(seed: int, epoch: int, fold: int, purpose: str) -> list[int]:
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Whatever Pillow raises on a file, in one line that names it."""
-    pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is looked at, below and for each use
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; restore it, or run data_filter.py again") from None
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error) as error:
         raise UserError(f"{path}: not a readable image ({error}); replace or remove it") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = pillows_limit
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture with its header read and nothing decoded; the caller checks its size."""
+    with _explained(path):
+        with _pillows_limit:  # a global of Pillow, which its `open` alone looks at
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                picture = Image.open(path)
+            finally:
+                Image.MAX_IMAGE_PIXELS = before
+        with picture:
+            yield picture
 
 
 def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture of at most `max_pixels` pixels and 8 bits a channel."""
-    with _explained(path), Image.open(path) as picture:
+    with _opened(path) as picture:
         if picture.width * picture.height > max_pixels:
             raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than fit here "
                             f"({max_pixels:,}); cut it into tiles")
@@ -91,7 +105,7 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) from the header alone."""
-    with _explained(path), Image.open(path) as picture:
+    with _opened(path) as picture:
         return picture.height, picture.width
 
 
@@ -132,7 +146,7 @@ def count_classes(path: Path, counts: np.ndarray, greys: Sequence[int]) -> np.nd
     if unknown.size:
         found = ", ".join(f"{value} ({counts[value]} pixel{'s' if counts[value] > 1 else ''})" for value in unknown[:5])
         raise UserError(f"{path}: grey {found}{', …' if unknown.size > 5 else ''} is none of data.greys {list(greys)}; "
-                        "mend the mask or set data.greys and data.classes")
+                        "fix the mask or set data.greys and data.classes")
     return counts[list(greys)]
 
 
@@ -203,8 +217,12 @@ MEASUREMENTS = tuple(f.name for f in fields(Tile) if f.type == float | None)
 
 
 def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Tile]:
-    """Every image with its mask, by key, in the keys' natural order (2 before 10)."""
-    found_images, found_masks = _files_by_key(root, images), _files_by_key(root, masks)
+    """Every image with its mask, by key, in the keys' natural order (2 before 10).
+
+    A key is in Unicode's composed form (NFC): of an image and a mask with the same name one may come from macOS, whose
+    programs write an accent as a character of its own.
+    """
+    found_images, found_masks = files_by_key(root, images), files_by_key(root, masks)
     shared = set(found_images.values()) & set(found_masks.values())  # {key}.png finds the masks {key}_mask.png too
     loose = found_images if len(images) < len(masks) else found_masks
     for key in [key for key, path in loose.items() if path in shared]:
@@ -225,11 +243,46 @@ def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Til
             for key in sorted(found_images, key=_natural)]
 
 
-def _files_by_key(root: Path, pattern: str) -> dict[str, str]:
-    before, after = pattern.split("{key}")
-    paths = (path.relative_to(root).as_posix() for path in root.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
-    return {path[len(before):len(path) - len(after)]: path for path in paths
-            if not path.rpartition("/")[2].startswith(".")}  # macOS leaves ._NAME beside NAME
+def composed(name: str) -> str:
+    """The name in Unicode's composed form (NFC), in which names that look the same are the same."""
+    return unicodedata.normalize("NFC", name)
+
+
+def files_by_key(root: Path, pattern: str) -> dict[str, str]:
+    """What a pattern such as frames/frame#{key}.png names: the path below `root` of each key."""
+    found = [("", "")]  # (path below root, key), one part of the pattern further each time
+    for part in composed(pattern).split("/"):
+        before, here, after = part.partition("{key}")
+        longer = []
+        for path, key in found:
+            for name in _names(root / path, part):
+                plain = composed(name)
+                fits = plain.startswith(before) and plain.endswith(after) and len(plain) > len(before + after)
+                if fits if here else plain == part:
+                    longer.append((f"{path}/{name}" if path else name, plain[len(before):len(plain) - len(after)]
+                                   if here else key))
+        found = longer
+    by_key: dict[str, str] = {}
+    for path, key in found:
+        if key in by_key:
+            raise UserError(f"{root / by_key[key]} and {root / path}: the names differ only in how accents are "
+                            "written; rename or remove one of the files")
+        by_key[key] = path
+    return by_key
+
+
+def _names(folder: Path, part: str) -> list[str]:
+    """The names in a folder that a part of a pattern may mean."""
+    if "{key}" not in part and (folder / part).exists():  # ignores case where the file system does
+        return [part]
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for name in names:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python writes bytes that are no text
+            raise UserError(f"{folder}: the name {name!r} is not valid Unicode; rename it")
+    return [name for name in names if part.startswith(".") or not name.startswith(".")]  # macOS leaves ._NAME
 
 
 def refuse_outside(root: Path, paths: Iterable[str]) -> None:
@@ -245,8 +298,9 @@ def refuse_outside(root: Path, paths: Iterable[str]) -> None:
                             "it, or set data.root to the folder that holds them")
 
 
-def _natural(key: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", key) if part]
+def _natural(key: str) -> tuple[list[tuple[int, int, str]], str]:
+    parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", key) if part]
+    return parts, key  # 1 and 01 in one order always
 
 
 def group_of(key: str, pattern: str) -> str:
@@ -269,7 +323,9 @@ def split_by_group(tiles: Sequence[Tile], test_fraction: float, seed: int) -> li
     """"train" or "test" for each tile; the tiles of a group stay together, a tile without a group is its own.
 
     Groups come in random order and go to the test set as long as they fit into `test_fraction` of the tiles, so that
-    11,033 single tiles at 0.2 give the report's 8,827 and 2,206.
+    11,033 single tiles at 0.2 give the report's 8,827 and 2,206. A group that is larger than `test_fraction` of the
+    tiles is therefore never tested on (unless no group is smaller): where slides are of very different sizes the test
+    set leans to the small ones.
     """
     groups = _tiles_by_group([tile.group or f"tile {i}" for i, tile in enumerate(tiles)])
     room = int(test_fraction * len(tiles))
@@ -306,7 +362,10 @@ def write_tiles(path: Path, tiles: Sequence[Tile]) -> None:
 
 
 def read_tiles(root: Path) -> list[Tile]:
-    """The cleaned list of a data root, checked: names, verdicts, paths, and no group on both sides of the split."""
+    """The cleaned list of a data root, checked: names, verdicts, paths, and no group on both sides of the split.
+
+    It comes in the natural order of the keys, whichever order a spreadsheet left: training depends on it.
+    """
     path = root / TILE_LIST
     if not path.is_file():
         hint = ("`python data_filter.py --config configs/NAME.yaml` writes it" if root.is_dir() else
@@ -335,7 +394,16 @@ def read_tiles(root: Path) -> list[Tile]:
     both = in_test & {tile.group for tile in tiles if tile.split == "train"}
     if both:
         raise UserError(f"{path}: group '{min(both)}' has tiles in train and in test; a group belongs to one of them")
-    return tiles
+    return sorted(tiles, key=lambda tile: _natural(tile.key))
+
+
+def identity(tiles: Iterable[Tile]) -> str:
+    """A sha256 of what a run depends on: key, files, group and split of every tile that is kept.
+
+    Notes, measurements, dropped tiles, the order of the rows and the way a spreadsheet writes them are not in it.
+    """
+    kept = sorted((tile.key, tile.image, tile.mask, tile.group, tile.split) for tile in tiles if tile.split in SPLITS)
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def rows_of(text: str) -> csv.DictReader:
@@ -368,21 +436,32 @@ def _tile_of(row: dict, where: str) -> Tile:
 
 # ---------------------------------------------------------------------------------------------- the packed store
 
-def open_store(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> np.memmap:
-    """The tiles as a read-only memory map (N, H, W, 4) uint8, packed anew where it is absent or stale.
+@dataclass(frozen=True)
+class Store:
+    """The packed tiles, and sums over each of them, from which the statistics of any selection follow at once."""
 
-    Stale means: another list, order, file size, modification time or greys than when it was packed.
+    pixels: np.memmap  # (N, H, W, 4) uint8, read-only: red, green, blue and class
+    sums: np.ndarray  # (N, 6 + K) int64: red, green, blue, their squares, pixels of each class
+
+
+def open_store(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> Store:
+    """The tiles mapped into memory from tiles.u8, which is packed anew where it is absent or stale.
+
+    Stale means: another list, order, file size, modification time or greys than when it was packed, or packed in
+    another format.
     """
     path = root / STORE
     signature = _signature(root, tiles, greys)
     header = _read_header(path)
     if header is None or header["signature"] != signature:
-        with held(root):
+        with locked(root / LOCK, f"{root}: another process packs {STORE} or writes {TILE_LIST}", wait=True):
             remove_leftovers(root, STORE)
             header = _read_header(path)  # another process may have packed meanwhile
             if header is None or header["signature"] != signature:
                 header = _pack(path, root, tiles, greys, signature)
-    return np.memmap(path, np.uint8, mode="r", offset=HEADER_BYTES, shape=tuple(header["shape"]))
+    shape, sums = tuple(header["shape"]), tuple(header["sums"])
+    return Store(np.memmap(path, np.uint8, mode="r", offset=HEADER_BYTES, shape=shape),
+                 np.fromfile(path, "<i8", offset=HEADER_BYTES + math.prod(shape)).reshape(sums))
 
 
 def _signature(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> str:
@@ -399,26 +478,37 @@ def _read_header(path: Path) -> dict | None:
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(HEADER_BYTES))
-        whole = path.stat().st_size == HEADER_BYTES + int(np.prod(header["shape"]))
-        return header if whole else None
+        size = HEADER_BYTES + math.prod(header["shape"]) + 8 * math.prod(header["sums"])
+        return header if header["format"] == STORE_FORMAT and path.stat().st_size == size else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def _pack(path: Path, root: Path, tiles: Sequence[Tile], greys: Sequence[int], signature: str) -> dict:
     height, width = picture_size(root / tiles[0].image)
-    header = {"shape": [len(tiles), height, width, 4], "signature": signature}
+    sums = np.empty((len(tiles), 6 + len(greys)), "<i8")
+    header = {"format": STORE_FORMAT, "shape": [len(tiles), height, width, 4], "sums": sums.shape,
+              "signature": signature}
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(json.dumps(header).encode().ljust(HEADER_BYTES))
         with Progress("pack tiles", len(tiles), "tile") as progress:
-            for tile in tiles:
+            for i, tile in enumerate(tiles):
                 image, mask = read_pair(root, tile, greys)
                 if mask.shape != (height, width):
                     raise UserError(f"{root / tile.image}: {mask.shape[0]} x {mask.shape[1]} pixels, but "
                                     f"{root / tiles[0].image} has {height} x {width}; tiles must be of one size")
                 file.write(np.dstack([image, mask]).tobytes())
+                sums[i] = sums_of(image, mask, len(greys))
                 progress.advance()
+        file.write(sums.tobytes())
     return header
+
+
+def sums_of(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
+    """(6 + K,) int64 of an image (H, W, 3) and its class indices (H, W): a row of `Store.sums`."""
+    values = image.reshape(-1, 3).astype(np.uint32)
+    return np.concatenate([values.sum(0, np.int64), (values * values).sum(0, np.int64),
+                           np.bincount(mask.ravel(), minlength=classes)])
 
 
 # ---------------------------------------------------------------------------------------------- the training set
@@ -437,25 +527,25 @@ class Statistics:
                    zip(asdict(self).values(), asdict(other).values(), strict=True))
 
 
-def measure(store: np.ndarray, rows: Sequence[int], classes: int) -> Statistics:
-    """Channel mean, standard deviation and class frequencies over the tiles `rows`, from exact histograms."""
-    histograms = np.zeros((4, 256), np.int64)
-    with Progress("statistics", len(rows), "tile") as progress:
-        for row in rows:
-            for channel in range(4):
-                histograms[channel] += np.bincount(store[row, ..., channel].ravel(), minlength=256)
-            progress.advance()
-    levels, pixels = np.arange(256) / 255, histograms[0].sum()
-    mean = histograms[:3] @ levels / pixels
-    std = np.sqrt(np.maximum(histograms[:3] @ levels**2 / pixels - mean**2, 1e-12))
-    return Statistics(mean.tolist(), std.tolist(), (histograms[3, :classes] / pixels).tolist())
+def measure(sums: np.ndarray) -> Statistics:
+    """Channel mean, standard deviation and class frequencies of the tiles whose `Store.sums` (n, 6 + K) are given."""
+    total = [int(number) for number in sums.sum(axis=0)]  # exact, however many tiles there are
+    values, squares, counts = total[:3], total[3:6], total[6:]
+    pixels = sum(counts)
+    variances = [(pixels * square - value**2) / (255 * pixels)**2 for value, square in
+                 zip(values, squares, strict=True)]
+    return Statistics([value / (255 * pixels) for value in values],
+                      [math.sqrt(max(variance, 1e-12)) for variance in variances],
+                      [count / pixels for count in counts])
 
 
 def normalise(pixels: "Tensor", statistics: Statistics) -> "Tensor":
-    """Images (B, H, W, 3) uint8 to the network's input (B, 3, H, W), channels last in memory (section 5.1.1)."""
+    """Images (B, H, W, 3) uint8 to the network's input (B, 3, H, W) in the device's memory layout (section 5.1.1)."""
+    from hardware import memory_format
+
     shares = pixels / 255
     mean, std = _constants(*map(tuple, (statistics.mean, statistics.std)), shares.dtype, shares.device)
-    return ((shares - mean) / std).movedim(-1, 1)
+    return ((shares - mean) / std).movedim(-1, 1).contiguous(memory_format=memory_format(pixels.device))
 
 
 @lru_cache(maxsize=16)

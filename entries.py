@@ -21,6 +21,9 @@ from dataset import (
     TILE_LIST,
     Statistics,
     Tile,
+    composed,
+    files_by_key,
+    identity,
     normalise,
     open_store,
     picture_size,
@@ -28,7 +31,7 @@ from dataset import (
     read_mask,
     read_tiles,
 )
-from hardware import choose_device, choose_precision
+from hardware import choose_device, choose_precision, memory_format
 from inference import Predictor
 from unet import UNet
 
@@ -44,7 +47,7 @@ class Entry:
     config: Config
     source: Path  # the checkpoint, or the folder or pattern of label images
     device: torch.device
-    tiles_sha256: str  # of the list of tiles it is asked about
+    trained_on: str | None = None  # the identity of the list of tiles that a model was trained with
     predictor: Predictor | None = None
     model: UNet | None = None  # what the predictor runs
     statistics: Statistics | None = None  # of the tiles it was trained with
@@ -121,14 +124,14 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool, preci
     device = choose_device(config.device)
     model = runs.build_model(config)
     runs.load_weights(model, checkpoint)
-    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     dtype = choose_precision(precision, device)
     predictor = predictor_of(model, checkpoint.statistics, flips, dtype, many=False)
     name = (folder.resolve() if folder == path else folder).name or config.name
     of_run = run_of(file.resolve()) == folder.resolve()
     history = runs.read_metrics(folder) if of_run else ()
     return Entry(name if file.name == "best.pt" and of_run else f"{name} ({file.stem})", config, file, device,
-                 checkpoint.tiles_sha256, predictor, model, checkpoint.statistics, flips, dtype, folder,
+                 checkpoint.tiles, predictor, model, checkpoint.statistics, flips, dtype, folder,
                  checkpoint.epoch, tuple(history or checkpoint.history))
 
 
@@ -143,16 +146,20 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
     by_stem: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if "{key}" not in pattern else ():
         if path.suffix.lower() in LABEL_SUFFIXES:
-            by_stem.setdefault(path.stem, []).append(path)
-    labels, root = {}, Path(config.data.root)
+            by_stem.setdefault(composed(path.stem), []).append(path)
+    labels, root, by_key = {}, Path(config.data.root), {}
+    if "{key}" in pattern:
+        anchor = Path(Path(pattern).anchor)
+        by_key = files_by_key(anchor, Path(pattern).relative_to(anchor).as_posix())
     if "{key}" not in pattern and not by_stem:
         inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")[:5])
         raise UserError(f"{folder}: no label images in it ({', '.join(LABEL_SUFFIXES)})"
                         + (f"; did you mean one of its folders {inside}?" if inside else ""))
     for tile in tiles:
-        names = dict.fromkeys([Path(tile.mask).stem, Path(tile.image).stem, tile.key])
-        found = ([Path(pattern.replace("{key}", tile.key))] if "{key}" in pattern else
-                 [path for name in names for path in by_stem.get(name, ())])
+        names = dict.fromkeys(composed(name) for name in (Path(tile.mask).stem, Path(tile.image).stem, tile.key))
+        found = [path for name in names for path in by_stem.get(name, ())]
+        if "{key}" in pattern:
+            found = [anchor / by_key.get(tile.key, Path(pattern.replace("{key}", tile.key)).relative_to(anchor))]
         if len(found) > 1:
             raise UserError(f"{folder}: both {found[0].name} and {found[1].name} may be the labels of tile "
                             f"'{tile.key}'; keep one, or give a pattern with {{key}} in it")
@@ -172,7 +179,7 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
                             f"of the masks: {wanted}")
     name = Path(pattern).stem.replace("{key}", "") if "{key}" in pattern else Path(pattern).name
     name = name.strip("-_#. ") or folder.resolve().name
-    return Entry(name, config, Path(pattern), choose_device(config.device), runs.tiles_sha256(config), labels=labels)
+    return Entry(name, config, Path(pattern), choose_device(config.device), labels=labels)
 
 
 def in_file_names(name: str) -> str:
@@ -203,7 +210,7 @@ class Questions:
     tiles: list[Tile]
     rows: list[int]  # of the tiles in the store
     store: np.ndarray  # (n, H, W, 4) uint8: red, green, blue and class
-    tiles_sha256: str
+    identity: str  # of the list of tiles (dataset.identity)
     doubts: list[str]  # why scores on these tiles may say too much
 
 
@@ -214,7 +221,7 @@ def listed(config: Config, split: str) -> tuple[list[Tile], list[int]]:
     rows = [i for i, tile in enumerate(tiles) if split in (tile.split, "all")]
     if not rows:
         wanted = "tile is kept" if split == "all" else f"tile has split = {split}"
-        raise UserError(f"{path}: no {wanted}; run data_filter.py again or mend the list")
+        raise UserError(f"{path}: no {wanted}; run data_filter.py again or fix the list")
     return tiles, rows
 
 
@@ -222,7 +229,7 @@ def ask(entries: Sequence[Entry], split: str) -> Questions:
     """Check that the entries can be compared, and open the tiles."""
     first = entries[0]
     tiles, rows = listed(first.config, split)
-    asked = runs.tiles_sha256(first.config)
+    asked = identity(tiles)
     for other in entries[1:]:
         for name in ("classes", "greys"):
             ours, theirs = (list(getattr(entry.config.data, name)) for entry in (first, other))
@@ -233,12 +240,13 @@ def ask(entries: Sequence[Entry], split: str) -> Questions:
             raise UserError(f"{other.name} would be tested on the tiles of {other.config.data.root}, and {first.name} "
                             f"on those of {first.config.data.root}; only scores of the same tiles can be compared: "
                             "evaluate them one at a time, or give one data.root=FOLDER for all")
-    doubts = [f"{first.config.data.root}/{TILE_LIST} is not the list that {entry.name} was trained with: some of its "
-              "test tiles may have been training tiles." for entry in entries if entry.tiles_sha256 != asked]
-    if split != "test" and any(entry.predictor and entry.tiles_sha256 == asked for entry in entries):
+    doubts = [f"{first.config.data.root}/{TILE_LIST} does not keep and split the tiles as it did when {entry.name} was "
+              "trained: some of its test tiles may have been training tiles." for entry in entries
+              if entry.trained_on not in (None, asked)]
+    if split != "test" and any(entry.trained_on == asked for entry in entries):
         doubts.append(f"Split {split}: models were trained on tiles of it. Only test tiles show what they do on new "
                       "ones.")
     for doubt in doubts:
         warn(doubt)
     return Questions(first.config, split, [tiles[i] for i in rows], rows,
-                     open_store(Path(first.config.data.root), tiles, first.config.data.greys), asked, doubts)
+                     open_store(Path(first.config.data.root), tiles, first.config.data.greys).pixels, asked, doubts)

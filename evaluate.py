@@ -27,7 +27,7 @@ import evaluation_report
 import metrics
 import prediction
 from config import load_config
-from console import Progress, UserError, run
+from console import Progress, UserError, argument_parser, run
 from entries import MAY_CHANGE, Entry, Questions, ask, distinct, given, in_file_names, listed, trained
 from evaluation_report import Evaluation
 from files import names, refuse_loss, replacing_folder
@@ -102,7 +102,8 @@ def sources_of(entries: Sequence[Entry]) -> list[Path]:
 def destination(entries: Sequence[Entry], args: argparse.Namespace) -> Path:
     """The folder named after what is evaluated and how."""
     kind = ["" if args.split == "test" else args.split, "flips" if args.flips else "",
-            "" if args.precision == "auto" else args.precision]
+            "" if args.precision == "auto" else args.precision,
+            "" if args.tolerance == TOLERANCE else f"tolerance-{args.tolerance:g}"]
     first, named = entries[0], [in_file_names(entry.name.rpartition("/")[2]) for entry in entries]
     if len(entries) > 1:
         folder = first.beside / f"comparison-{'-'.join(named)}"[:120]
@@ -145,7 +146,7 @@ def plan(args: argparse.Namespace, folders: Sequence[str], overrides: Sequence[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders or checkpoint files, e.g. runs/dice_ce, "
                         f"and overrides (with a run only of {' and '.join(MAY_CHANGE)})")
     parser.add_argument("--checkpoint", default="best", metavar="best|last|PATH", help="(default: %(default)s)")

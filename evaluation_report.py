@@ -112,7 +112,7 @@ def results(evaluation: Evaluation) -> dict:
             dict(zip(("pixels", "confidence", "right"), tally.calibration.sum(0).tolist(), strict=True)),
         })
     return {
-        "data_root": asked.config.data.root, "tiles_sha256": asked.tiles_sha256, "split": asked.split,
+        "data_root": asked.config.data.root, "tiles_identity": asked.identity, "split": asked.split,
         "tiles": len(asked.tiles), "groups": evaluation.groups, "classes": list(classes), "doubts": asked.doubts,
         "surface_dice_tolerance_px": evaluation.tolerance,
         "intervals": f"95 %, bootstrap of {metrics.RESAMPLES} samples of {'groups' if evaluation.groups else 'tiles'}"
@@ -214,6 +214,9 @@ def about_tiles(contents: dict) -> list[str]:
                      "and are too narrow if tiles share a slide.")
     elif metrics.FEWEST_GROUPS <= groups < FEW_GROUPS:
         lines.append(f"With {groups} groups the intervals are rough.")
+    if any(entry.get("loss") for entry in contents["entries"]):
+        lines.append("Scores, intervals and differences are of these weights: training the same config with another "
+                     "seed can change them by as much.")
     return lines
 
 

@@ -25,7 +25,7 @@ from console import Progress, UserError
 from dataset import generator, normalise, torch_seed
 from entries import Entry, Questions
 from field_theory import multiple, reach, smallest_cut, unpadded
-from hardware import autocast
+from hardware import autocast, memory_format
 from runs import build_model
 from unet import UNet
 
@@ -158,7 +158,8 @@ def initial(entry: Entry, inputs: Inputs, count: int) -> UNet:
     """
     config = entry.config
     torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
-    model = build_model(config).to(entry.device, memory_format=torch.channels_last).requires_grad_(False).train()
+    model = build_model(config).to(entry.device, memory_format=memory_format(entry.device))
+    model.requires_grad_(False).train()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean over all batches
@@ -177,7 +178,7 @@ def gradients(model: UNet, images: Tensor, places: Tensor, by_path: bool = True)
     With `by_path` false there is one gradient, of the whole network: P = 1, and of the second result still one a path.
     """
     start, stop = smallest_cut(len(model.encoder)).decoder
-    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    images = images.contiguous(memory_format=memory_format(images.device)).requires_grad_()
     features = [level[..., start >> i:stop >> i, start >> i:stop >> i]
                 for i, level in enumerate(model.encode(images))]                     # (B, widths[l], h, h)
     joints = [level.detach().requires_grad_() for level in features]

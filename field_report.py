@@ -244,7 +244,7 @@ def contents(runs: Sequence[Run]) -> dict:
             "name": run.entry.name, "source": str(run.entry.source), "epoch": run.entry.epoch,
             "loss": run.entry.config.loss.name, "widths": list(run.entry.config.model.widths),
             "data_root": run.questions.config.data.root, "split": run.questions.split,
-            "tiles_sha256": run.questions.tiles_sha256, "doubts": run.questions.doubts,
+            "tiles_identity": run.questions.identity, "doubts": run.questions.doubts,
             "precision": str(run.precision).removeprefix("torch."), "device": str(run.entry.device),
             "theory": {"alignments": [{"r": members, "first": first, "last": last} for members, first, last in
                                       field_theory.alignments(levels)],
@@ -367,7 +367,7 @@ def published(models: dict[str, UNet]) -> str:
         "exact here          what this output pixel depends on",
         "exact, by position  what any output pixel depends on, by its position (--theory)", "",
         "So 172 and 84 need no rounding of small gradients, by which the report explains its sizes. 116 is what the",
-        "skip of level 4 gives: no gradient passed the bottleneck of that model.", *remarks])
+        "skip of level 4 gives, which is consistent with a model whose bottleneck passes no gradient.", *remarks])
 
 
 # ---------------------------------------------------------------------------------------------- the folder

@@ -1,70 +1,101 @@
-"""Files that appear whole or not at all, and folders that one process holds at a time."""
+"""Files and folders that appear whole or not at all, and locks, so that two processes never spoil each other's work."""
 
+import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from console import UserError, warn
 
-LOCK = ".lock"
+LOCK = ".lock"  # in a folder that stays where it is: a run, the tiles
 MANIFEST = ".written.json"
 NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network file systems without locks answer
+SECONDS_BETWEEN_TRIES = 0.2
+
+
+class WriteError(UserError):
+    """A file that cannot be written: the disk is full, or the system does not allow it."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says while `path` is written (disk full, not allowed) into a `WriteError` that names it."""
+    try:
+        yield
+    except BrokenPipeError:  # of the terminal, not of the file
+        raise
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error}); what was there before is kept. Free "
+                         "some space, allow writing there, or choose another place") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place if the block ends well, and vanishes if it does not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield temporary
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(folder: Path, sources: Sequence[Path] = ()) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place if the block ends well, and vanishes if it does not.
 
-    A hidden list of its files and of the `sources` it was made of goes with it: see `refuse_loss`.
+    A hidden list of its files and of the `sources` it was made of goes with it: see `refuse_loss`. The lock file lies
+    beside the folder, since a lock inside it would move away with it, and is held until the folder is in its place.
     """
-    refuse_loss(folder)
     folder = folder.resolve()  # of a link, what it leads to
     partial, old = (folder.with_name(f".{folder.name}.being-{state}") for state in ("written", "replaced"))
-
-    def settle() -> None:
-        if old.exists() and not folder.exists():  # stopped between the two renames
-            old.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    partial.mkdir(parents=True, exist_ok=True)
-    with held(partial, f"{folder} is being written by another process; wait for it or stop it first"):
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with (locked(folder.with_name(f".{folder.name}{LOCK}"), f"{folder} is being written by another process"),
+          writing(folder)):
         try:
-            settle()
-            for leftover in partial.iterdir():
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                elif leftover.name != LOCK:
-                    leftover.unlink()
+            if old.exists() and not folder.exists():  # an earlier process was stopped between the two renames
+                old.replace(folder)
+            refuse_loss(folder)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
             yield partial
-            written = sorted(path.relative_to(partial).as_posix() for path in _files(partial) if path.name != LOCK)
+            written = sorted(path.relative_to(partial).as_posix() for path in _files(partial))
             contents = {"sources": _relative(sources, folder), "files": written}
             (partial / MANIFEST).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        except BaseException:
+            _exchange(folder, partial, old)
+        except WriteError as error:  # of a file in it
+            raise WriteError(str(error).replace(str(partial), str(folder))) from error
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
-    (partial / LOCK).unlink()
+
+
+def _exchange(folder: Path, partial: Path, old: Path) -> None:
+    """Put `partial` in the place of `folder`; where the system refuses, keep both under names that can be seen."""
+    shutil.rmtree(old, ignore_errors=True)
     try:
         if folder.exists():
             folder.replace(old)
         partial.replace(folder)
-    finally:
-        settle()
+    except OSError as error:  # Windows: a file in it is open in another program
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        new = next(name for name in (folder.with_name(f"{folder.name}-new{number or ''}") for number in range(10**6))
+                   if not name.exists())
+        partial.replace(new)
+        raise UserError(f"{folder}: cannot be replaced ({error.strerror}); one of its files may be open in another "
+                        f"program. The new results are in {new}") from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_loss(folder: Path, reads: Iterable[Path] = (), sources: Sequence[Path] | None = None) -> None:
@@ -86,7 +117,10 @@ def refuse_loss(folder: Path, reads: Iterable[Path] = (), sources: Sequence[Path
         written, before = {*contents["files"], MANIFEST}, contents["sources"]
     except (OSError, ValueError, LookupError, TypeError):
         written, before = set(), []
-    there = _files(folder) if written else folder.iterdir()  # without a list one look is enough
+    try:
+        there = _files(folder) if written else list(folder.iterdir())  # without a list one look is enough
+    except FileNotFoundError:  # another process replaces it right now; `replacing_folder` looks again
+        return
     foreign = sorted({path.relative_to(folder).as_posix() for path in there if path.name not in NOBODYS} - written)
     if foreign:
         others = f" and {len(foreign) - 1} more" * (len(foreign) > 1)
@@ -127,23 +161,32 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 
 @contextmanager
-def held(folder: Path, refusal: str = "") -> Iterator[None]:
-    """Hold `folder` for this process; the system frees it however the process ends.
+def locked(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path`; the system frees it however the process ends. The file itself stays.
 
-    While another one holds it: a `UserError` that says `refusal`, or without one wait.
+    While another process holds it: wait, having said so, or raise a `UserError`. `busy` says what the other one does.
     """
-    with (folder / LOCK).open("w") as file:
+    lock = FileLock(path)
+    with writing(path):
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if refusal else msvcrt.LK_LOCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except (BlockingIOError, PermissionError):
-            raise UserError(refusal or f"{folder} is held by another process; try again when it has ended") from None
-        except OSError as error:  # some network file systems cannot lock
-            warn(f"{folder}: cannot be held for this process alone ({error.strerror}); do not use it twice at a time")
+            _acquire(lock, busy, wait)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warn(f"{path.parent}: its file system has no locks; make sure that only one process writes there")
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, busy: str, wait: bool) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise UserError(f"{busy}; wait for it or stop it first") from None
+        print(f"{busy}; waiting until it has ended", file=sys.stderr, flush=True)
+        lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)
+    except NotImplementedError as error:  # how older versions of filelock say it
+        raise OSError(errno.ENOSYS, str(error)) from None

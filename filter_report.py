@@ -23,7 +23,7 @@ import figures
 from config import Config, Filter, to_dict
 from console import Progress, markdown_table, table
 from dataset import DROPPED, SPLITS, Tile, read_pair
-from files import replacing_folder, write_text
+from files import write_text
 
 FOLDER = "filter"
 SHEET = 24  # tiles on a contact sheet
@@ -219,18 +219,17 @@ def draw(tile: Tile, config: Config) -> tuple[str, np.ndarray]:
 
 
 def write(folder: Path, result: Filtered, config: Config, changes: Sequence[str], before: Path) -> None:
-    """Replace the folder whole: summary, histograms, contact sheets, settings, and the list that is replaced."""
+    """Fill an empty folder: summary, histograms, contact sheets, settings, and the list `before` that is replaced."""
     contents = sheets(result, config.filter)
-    with (replacing_folder(folder) as partial,
-          Progress("draw sheets", sum(len(tiles) for _, tiles in contents.values()), "tile") as progress):
+    with Progress("draw sheets", sum(len(tiles) for _, tiles in contents.values()), "tile") as progress:
         for name, (title, tiles) in contents.items():
             cells = []
             for tile in tiles:
                 cells.append(draw(tile, config))
                 progress.advance()
-            figures.save(figures.contact_sheet(cells, title, config.data.classes), partial / name)
-        figures.save(histograms(result, config.filter), partial / "histograms.png")
-        write_text(partial / "summary.md", summary(result, config, changes, list(contents)))
-        write_text(partial / "settings.yaml", yaml.safe_dump({"filter": to_dict(config.filter)}, sort_keys=False))
-        if before.exists():
-            shutil.copyfile(before, partial / "tiles_before.csv")
+            figures.save(figures.contact_sheet(cells, title, config.data.classes), folder / name)
+    figures.save(histograms(result, config.filter), folder / "histograms.png")
+    write_text(folder / "summary.md", summary(result, config, changes, list(contents)))
+    write_text(folder / "settings.yaml", yaml.safe_dump({"filter": to_dict(config.filter)}, sort_keys=False))
+    if before.exists():
+        shutil.copyfile(before, folder / "tiles_before.csv")

@@ -1,37 +1,69 @@
-"""Which device and which precision a script computes with, and how it compiles."""
+"""Which device, precision and memory layout a script computes with, and how it compiles."""
 
 import logging
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from console import UserError
+from console import UserError, warn
+
+MPS_IS_RIGHT = (2, 14)  # the first torch whose batch norm on MPS has right gradients in every layout
 
 
+@cache  # a warning is said once
 def choose_device(name: str) -> torch.device:
-    """The device of a config's `device`: auto = CUDA, else MPS, else CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device of a config's `device`: auto = CUDA, else MPS, else CPU, and never one that cannot compute.
+
+    MPS is taken unasked only with a torch from `MPS_IS_RIGHT` on: before it, batch norm of channels-last tensors raised
+    there or had wrong gradients without a word (pytorch issue #175189, fixed by #188371).
+    """
+    if name != "auto":
+        problem = _problem(name)
+        if problem:
+            raise UserError(f"device '{name}' cannot be used here ({problem}): expected cuda, cuda:N, mps or cpu, and "
+                            "that this torch and this machine have it; device=auto takes what there is")
+        return torch.device(name)
+    here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if here == "mps" and torch.__version__ < MPS_IS_RIGHT:
+        warn(f"device=auto computes on the CPU: with torch {torch.__version__} training on MPS can go wrong. Install "
+             f"torch {'.'.join(map(str, MPS_IS_RIGHT))} or newer, or set device=mps")
+        return torch.device("cpu")
+    problem = _problem(here)
+    if problem:
+        warn(f"device=auto computes on the CPU: '{here}' cannot be used ({problem})")
+        return torch.device("cpu")
+    return torch.device(here)
+
+
+def _problem(name: str) -> str:
+    """Why a device cannot compute; "" where it can."""
     try:
         device = torch.device(name)
-        usable = device.type in ("cuda", "mps", "cpu") and torch.zeros(1, device=device).item() == 0
-    except (RuntimeError, AssertionError, NotImplementedError):
-        usable = False
-    if not usable:
-        raise UserError(f"device '{name}' cannot be used here: expected cuda, cuda:N, mps or cpu, and that this torch "
-                        "and this machine have it; try device=auto")
-    return device
+        if device.type not in ("cuda", "mps", "cpu"):
+            return "this project does not know it"
+        ones = torch.ones(2, device=device)  # needs a kernel: some GPUs are seen by a torch that has none for them
+        return "" if (ones + ones).sum().item() == 4 else "it computes 1 + 1 wrong"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How images and features (B, C, H, W) lie in memory: channels last is faster, but not right on every MPS."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself. Emulation would be slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # torch answers for the current one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":  # torch has no public question for this
-        return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
     return False
 
 

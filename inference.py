@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from console import warn
 from field_theory import reach
-from hardware import compile_by_shape
+from hardware import compile_by_shape, memory_format
 from unet import UNet
 
 WINDOW = 1024  # pixels, the side of what is computed at once
@@ -51,7 +51,8 @@ def folded(model: UNet) -> UNet:
 
 def in_bf16(model: UNet) -> Callable[[Tensor], Tensor]:
     """The network folded and in bfloat16, with its input (B, 3, H, W) and its logits in float32."""
-    fast = folded(model).to(torch.bfloat16, memory_format=torch.channels_last)
+    layout = memory_format(next(model.parameters()).device)
+    fast = folded(model).to(torch.bfloat16, memory_format=layout)
     return lambda images: fast(images.to(torch.bfloat16)).float()
 
 
@@ -70,7 +71,8 @@ def compiled(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         try:
             return fast(images)
         except torch._dynamo.exc.TorchDynamoException as error:
-            warn(f"not compiled, which is slower but no less right: {str(error).strip().splitlines()[0]}")
+            reason = str(error).strip().splitlines()[0]
+            warn(f"compilation failed, computing without it (same results, slower): {reason}")
             fast = network
             return fast(images)
 

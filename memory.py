@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from console import UserError
 
+TOO_LITTLE = ("can't allocate memory", "not enough memory", "out of memory")  # Linux; Windows; CUDA, MPS, page-locked
 GLIBC_TRIM_THRESHOLD, GLIBC_MMAP_MAX = -1, -4  # malloc.h: bytes free at the top before they are returned; large blocks
 NEVER = -1
 
@@ -29,9 +30,8 @@ def enough_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's errors, of a GPU and of the machine
-        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-                or "can't allocate memory" in str(error)):
+        # torch says it in another way for each device, and not always by an exception of its own
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in TOO_LITTLE):
             raise
         what = str(error).splitlines()[0] if str(error) else "no more could be had"
         raise UserError(f"the memory is too small ({what}): {advice}") from None

@@ -10,20 +10,37 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from console import UserError
 
 CHUNK = 16  # items that travel to a worker together, at most; fewer where there are few
 AHEAD = 4  # chunks a worker may be ahead of the reader, which bounds the memory
+MOST_WORKERS = 61 if os.name == "nt" else 1024  # Windows waits for no more handles than this
+CGROUP = Path("/sys/fs/cgroup")
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use: its affinity, and in a container its share of the processor."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, _container_cores(CGROUP) or here)
+
+
+def _container_cores(folder: Path) -> int | None:
+    """What `docker --cpus` and its kin allow, rounded up; None where there is no such limit (cgroup version 2 or 1)."""
+    for quota, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = [word for name in (quota, period) if name for word in (folder / name).read_text().split()]
+            microseconds, of = map(int, words)
+        except (OSError, ValueError):  # no such file; "max", which is no limit
+            continue
+        if microseconds > 0 and of > 0:
+            return -(-microseconds // of)
+    return None
 
 
 @contextmanager
@@ -37,6 +54,7 @@ def spread(workers: int) -> Iterator[Map]:
     if workers <= 1:
         yield map
         return
+    workers = min(workers, MOST_WORKERS)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt)
     with single_threaded(), deaf_to_interrupts():  # they share the cores
         for _ in range(workers):
@@ -48,7 +66,7 @@ def spread(workers: int) -> Iterator[Map]:
     try:
         yield over
     except BrokenProcessPool:
-        raise UserError("a worker process ended before its time, perhaps for lack of memory; try --workers 1") from None
+        raise UserError("a worker process died, possibly out of memory; try --workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -11,14 +11,13 @@ runs/receptive_field-A-B-C (field_report.py lists them). --theory prints the exa
 --as-published repeats the report's procedure, which gives 172, 84 and 116 pixels, and says why.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import field_theory
 from config import Config, Model, load_config
-from console import UserError, run
+from console import UserError, argument_parser, run
 from files import names, refuse_loss, replacing_folder
 from memory import enough_memory, reuse_memory
 
@@ -88,8 +87,8 @@ def measured(entries: Sequence["Entry"], split: str, count: int) -> list["Run"]:
     return found
 
 
-def destination(entries: Sequence["Entry"], split: str) -> Path:
-    """The folder named after what is measured."""
+def destination(entries: Sequence["Entry"], split: str, pixels: int, precision: str) -> Path:
+    """The folder named after what is measured and how."""
     from entries import in_file_names
 
     first = entries[0]
@@ -98,11 +97,13 @@ def destination(entries: Sequence["Entry"], split: str) -> Path:
         folder = first.beside / f"receptive_field-{'-'.join(named)}"[:120]
     else:
         folder = first.run / "-".join(["receptive_field", *([] if first.is_best else [first.source.stem])])
-    return folder if split == "test" else folder.with_name(f"{folder.name}-{split}")
+    kind = ["" if split == "test" else split, "" if precision == "auto" else precision,
+            "" if pixels == PIXELS else f"pixels-{pixels}"]
+    return folder.with_name("-".join(filter(None, [folder.name, *kind])))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders or checkpoint files, e.g. runs/dice_ce, "
                         "and overrides (with a run only of device and data.root)")
     parser.add_argument("--theory", action="store_true", help="print the exact field of --config, of runs, or of the "
@@ -151,7 +152,7 @@ def main() -> None:
     if args.as_published:
         print(published({} if folders else architectures([], args.config, overrides), entries))
         return
-    out = args.out or destination(entries, args.split)
+    out = args.out or destination(entries, args.split, args.pixels, args.precision)
     sources = [*(entry.source for entry in entries), *(Path(entry.config.data.root) for entry in entries)]
     refuse_loss(out, sources, None if args.out else sources)
     if out.is_dir() and any(out.iterdir()) and not (out / "fields.json").is_file():

@@ -58,7 +58,7 @@ def read_before(path: Path) -> list[Tile]:
     except UserError as error:
         if not str(error).startswith(str(path)):  # a tile is at fault, not the list
             raise
-        raise UserError(f"{error}. Verdicts set by hand are kept, so the old list is read first: mend it, or delete it "
+        raise UserError(f"{error}. Verdicts set by hand are kept, so the old list is read first: fix it, or delete it "
                         "to judge all tiles afresh") from None
 
 

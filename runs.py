@@ -7,12 +7,14 @@
               checkpoints/best.pt    minimum of the survivor's validation loss; `evaluate.py` takes it
               figures/losses.png
 
-A checkpoint holds model, optimizer, scheduler, history (the rows of metrics.csv), config and statistics: tensors,
-numbers and strings only. Files appear whole or not at all, whenever the process is killed.
+A checkpoint holds model, optimizer, scheduler, history (the rows of metrics.csv), config, statistics and the identity
+of the list of tiles: tensors, numbers and strings only. Files appear whole or not at all, whenever the process is
+killed.
 """
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,11 +36,11 @@ import torch
 from config import Config, from_dict, leaves, to_dict
 from console import UserError
 from dataset import TILE_LIST, Statistics
-from files import held, remove_leftovers, replacing, write_text
+from files import LOCK, locked, remove_leftovers, replacing, write_text, writing
 from unet import UNet
 
-FORMAT = "crc-unet checkpoint 1"
-KEYS = {"format", "model", "optimizer", "scheduler", "history", "config", "statistics", "tiles_sha256"}
+FORMAT = "crc-unet checkpoint 2"
+KEYS = {"format", "model", "optimizer", "scheduler", "history", "config", "statistics", "tiles"}
 NEEDED_METRICS = {"epoch", "survivor", "seconds", "train_loss", "train_ema", "val_loss", "val_ema"}
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "matplotlib", "pyyaml", "tqdm")
 
@@ -54,7 +56,7 @@ class Checkpoint:
     optimizer: dict
     scheduler: dict
     history: list[dict]
-    tiles_sha256: str
+    tiles: str  # the identity (dataset.identity) of the list that it was trained with
 
     @property
     def epoch(self) -> int:
@@ -75,20 +77,26 @@ def refuse_existing(folder: Path) -> None:
 def create_run(folder: Path, config: Config) -> None:
     """Make the run's folder; it appears at once with its config, so that it can be resumed from the first instant."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    for name in ("checkpoints", "figures"):
-        (partial / name).mkdir(parents=True)
-    write_text(partial / "config.yaml", config.to_yaml())
-    try:
-        refuse_existing(folder)  # another process may have been faster
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(folder):
+        try:
+            for name in ("checkpoints", "figures"):
+                (partial / name).mkdir(parents=True)
+            write_text(partial / "config.yaml", config.to_yaml())
+            refuse_existing(folder)  # another process may have been faster
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Remove a run that failed before its first checkpoint, so that its name is free again."""
-    if not any((folder / "checkpoints").glob("*.pt")):
-        shutil.rmtree(folder)
+def clear_if_empty(folder: Path) -> None:
+    """Empty the folder of a run that failed before its first checkpoint; `holding` then removes it."""
+    if any((folder / "checkpoints").glob("*.pt")):
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:  # open in this process, and Windows removes no open file
+            path.unlink()
 
 
 def record_start(folder: Path, config: Config, device: torch.device, precision: torch.dtype) -> None:
@@ -98,19 +106,28 @@ def record_start(folder: Path, config: Config, device: torch.device, precision: 
     try:
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); mend or remove it") from None
+        raise UserError(f"{path}: not valid JSON ({error}); fix or remove it") from None
     write_text(path, json.dumps([*starts, environment(config, device, precision)], indent=2) + "\n")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no such run (it has no config.yaml)")
-    with held(folder, refusal=f"{folder} is being trained by another process; wait for it or stop it first"):
-        for part in (folder, folder / "checkpoints", folder / "figures"):
-            remove_leftovers(part)
-        yield
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process. If it is empty in the end it goes, so that its name is free again."""
+    def refuse_missing() -> None:
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder}: no such run (it has no config.yaml)")
+
+    refuse_missing()
+    try:
+        with locked(folder / LOCK, f"{folder} is being trained by another process"):
+            refuse_missing()  # now for certain
+            for part in (folder, folder / "checkpoints", folder / "figures"):
+                remove_leftovers(part)
+            yield
+    finally:
+        if {path.name for path in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def environment(config: Config, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
@@ -126,7 +143,7 @@ def environment(config: Config, device: torch.device, precision: torch.dtype) ->
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in PACKAGES},
-        "tiles_sha256": tiles_sha256(config),
+        "tiles_sha256": hashlib.sha256((Path(config.data.root) / TILE_LIST).read_bytes()).hexdigest(),
     }
 
 
@@ -141,21 +158,18 @@ def _commit() -> str | None:
         return None
 
 
-def tiles_sha256(config: Config) -> str:
-    return hashlib.sha256((Path(config.data.root) / TILE_LIST).read_bytes()).hexdigest()
-
-
 def build_model(config: Config) -> UNet:
     return UNet(classes=len(config.data.classes), **asdict(config.model))
 
 
 def save_checkpoint(path: Path, *, config: Config, statistics: Statistics, history: Sequence[dict],
-                    tiles_sha256: str, **states: dict) -> None:
+                    tiles: str, **states: dict) -> None:
     """Write a checkpoint whole or not at all; `states` are model, optimizer and scheduler."""
-    contents = {"format": FORMAT, "config": to_dict(config), "statistics": asdict(statistics),
-                "history": list(history), "tiles_sha256": tiles_sha256, **states}
+    contents = io.BytesIO()  # torch.save into a file says of a full disk what nobody understands
+    torch.save({"format": FORMAT, "config": to_dict(config), "statistics": asdict(statistics),
+                "history": list(history), "tiles": tiles, **states}, contents)
     with replacing(path) as temporary:
-        torch.save(contents, temporary)
+        temporary.write_bytes(contents.getbuffer())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

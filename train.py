@@ -11,9 +11,7 @@ uninterrupted one bit for bit (same machine, same number of threads), for all ra
 fold and a tile's place in the fold.
 """
 
-import argparse
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import figures
 import runs
 from config import Config, apply_overrides, load_config
-from console import Progress, UserError, run, warn
+from console import Progress, UserError, argument_parser, command, run, warn
 from dataset import (
     SPLITS,
     TILE_LIST,
@@ -38,6 +36,7 @@ from dataset import (
     draw_folds,
     group_of,
     groups_are_missing,
+    identity,
     measure,
     normalise,
     open_store,
@@ -48,7 +47,15 @@ from dataset import (
     training_crops,
     validation_crops,
 )
-from hardware import autocast, choose_device, choose_precision, compile_by_shape, peak_memory_mb
+from files import WriteError
+from hardware import (
+    autocast,
+    choose_device,
+    choose_precision,
+    compile_by_shape,
+    memory_format,
+    peak_memory_mb,
+)
 from losses import make_loss
 from memory import enough_memory, reuse_memory
 from snapshot import Snapshot, copy_state, snapshot_of
@@ -68,7 +75,7 @@ class TrainingSet:
     rows: np.ndarray  # (training tiles,) rows of the store
     groups: list[str]  # one for each of `rows`
     statistics: Statistics
-    tiles_sha256: str  # of the list that was read
+    tiles: str  # the identity of the list that was read
 
 
 @dataclass(frozen=True)
@@ -99,14 +106,13 @@ def prepare_data(config: Config) -> TrainingSet:
     """Read the cleaned list, pack its tiles where needed, measure the training split."""
     root = Path(config.data.root)
     tiles = [tile for tile in read_tiles(root) if tile.split in SPLITS]
-    sha = runs.tiles_sha256(config)
     for split in SPLITS:
         if all(tile.split != split for tile in tiles):
-            raise UserError(f"{root / TILE_LIST}: no tile has split = {split}; run data_filter.py again or mend it")
+            raise UserError(f"{root / TILE_LIST}: no tile has split = {split}; run data_filter.py again or fix it")
     rows = np.array([i for i, tile in enumerate(tiles) if tile.split == "train"])
     groups = [tiles[i].group for i in rows]
     warn_of_groups(config, tiles)
-    draw_folds(groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch=1)  # complains early
+    warn_of_repeats(draw_folds(groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch=1))
     height, width = picture_size(root / tiles[0].image)
     if config.data.crop > min(height, width):
         multiple = config.model.multiple
@@ -114,8 +120,18 @@ def prepare_data(config: Config) -> TrainingSet:
                         f"set data.crop={min(height, width) // multiple * multiple} or a smaller multiple of "
                         f"{multiple}")
     store = open_store(root, tiles, config.data.greys)
-    statistics = measure(store, rows, len(config.data.classes))
-    return TrainingSet(store_on(choose_device(config.device), store), rows, groups, statistics, sha)
+    return TrainingSet(store_on(choose_device(config.device), store.pixels), rows, groups, measure(store.sums[rows]),
+                       identity(tiles))
+
+
+def warn_of_repeats(folds: list[np.ndarray]) -> None:
+    """Say where a fold has so few tiles of its own that it repeats them more than twice on average."""
+    scarce = min(folds, key=lambda fold: len(np.unique(fold)))
+    tiles = len(np.unique(scarce))
+    if len(scarce) > 2 * tiles:
+        warn(f"a fold of the first epoch has {tiles} tiles for the {len(scarce)} images it needs, so each is drawn "
+             f"{len(scarce) / tiles:.1f} times an epoch (with other crops): tiles of small slides or patients count "
+             "for more than others. A smaller train.images_per_epoch, fewer train.folds or more tiles help")
 
 
 def warn_of_groups(config: Config, tiles: list[Tile]) -> None:
@@ -138,7 +154,7 @@ def build_learner(config: Config, statistics: Statistics) -> Learner:
     device = choose_device(config.device)
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
-    model = runs.build_model(config).to(device, memory_format=torch.channels_last)
+    model = runs.build_model(config).to(device, memory_format=memory_format(device))
     optim = config.optim
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=fused)
@@ -254,7 +270,7 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
         # best.pt comes first: a run killed between the two repeats the epoch and writes the same again
         for name in ("best", "last") if is_best else ("last",):
             runs.save_checkpoint(folder / "checkpoints" / f"{name}.pt", config=config, statistics=data.statistics,
-                                 history=history, tiles_sha256=data.tiles_sha256, model=learner.model.state_dict(),
+                                 history=history, tiles=data.tiles, model=learner.model.state_dict(),
                                  optimizer=learner.optimizer.state_dict(), scheduler=learner.scheduler.state_dict())
         runs.write_metrics(folder / "metrics.csv", history)
         if time.monotonic() - drawn > SECONDS_BETWEEN_FIGURES:
@@ -265,22 +281,28 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
               f"  lr {row['lr']:.1e}  {row['seconds']:.1f} s{'  best' if is_best else ''}", flush=True)
     figures.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
     print(f"\n{ending(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv and figures/losses.png\n"
-          f"next:  python evaluate.py {shlex.quote(str(folder))}")
+          f"next:  {command('python', 'evaluate.py', str(folder))}")
 
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
     """On Ctrl-C say how to go on; a run that fails before its first checkpoint leaves no folder behind."""
+    go_on = command("python", "train.py", "--resume", str(folder))
     try:
         with enough_memory(LESS_MEMORY):
             yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: python train.py --resume {shlex.quote(str(folder))}") from None
+        raise KeyboardInterrupt(f"go on with: {go_on}") from None
+    except WriteError as error:
+        if not any((folder / "checkpoints").glob("*.pt")):
+            runs.clear_if_empty(folder)
+            raise
+        raise UserError(f"{error}; then go on with: {go_on}") from error
     except UserError:
-        runs.remove_if_empty(folder)
+        runs.clear_if_empty(folder)
         raise
     except torch._dynamo.exc.TorchDynamoException as error:
-        runs.remove_if_empty(folder)
+        runs.clear_if_empty(folder)
         raise UserError(f"train.compile: the network cannot be compiled here ({str(error).strip().splitlines()[0]}). "
                         "It needs a C++ compiler, or on a GPU Triton; set train.compile=false") from None
 
@@ -292,14 +314,24 @@ def start(config: Config) -> None:
     data = prepare_data(config)
     learner = build_learner(config, data.statistics)
     runs.create_run(folder, config)
-    with runs.locked(folder), resumable(folder):
+    with runs.holding(folder), resumable(folder):
         runs.record_start(folder, config, learner.device, learner.precision)
         train(learner, data, config, folder, [])
 
 
+def restore(learner: Learner, checkpoint: runs.Checkpoint) -> None:
+    """Put the checkpoint's state into a new learner; how Adam computes belongs to the device, not to the state."""
+    fused = [group["fused"] for group in learner.optimizer.param_groups]
+    runs.load_weights(learner.model, checkpoint)
+    learner.optimizer.load_state_dict(checkpoint.optimizer)
+    for group, here in zip(learner.optimizer.param_groups, fused, strict=True):
+        group["fused"] = here
+    learner.scheduler.load_state_dict(checkpoint.scheduler)
+
+
 def resume(folder: Path, overrides: list[str]) -> None:
     """Go on after the last finished epoch, as if there had been no break."""
-    with runs.locked(folder):
+    with runs.holding(folder):
         path = folder / "checkpoints" / "last.pt"
         checkpoint = runs.load_checkpoint(path) if path.exists() else None
         config = apply_overrides(load_config(folder / "config.yaml"), overrides, allowed=RESUME_MAY_CHANGE)
@@ -311,20 +343,18 @@ def resume(folder: Path, overrides: list[str]) -> None:
         data = prepare_data(config)
         learner = build_learner(config, data.statistics)
         if checkpoint:
-            if not (data.tiles_sha256 == checkpoint.tiles_sha256
-                    and data.statistics.equals(checkpoint.statistics)):
-                raise UserError(f"{config.data.root}: the tiles or their list changed since this run began, so it "
-                                "cannot be continued; restore them, or start a new run with name=NAME")
-            runs.load_weights(learner.model, checkpoint)
-            learner.optimizer.load_state_dict(checkpoint.optimizer)
-            learner.scheduler.load_state_dict(checkpoint.scheduler)
+            if not (data.tiles == checkpoint.tiles and data.statistics.equals(checkpoint.statistics)):
+                raise UserError(f"{config.data.root}: the tiles that are kept, their groups or their split changed "
+                                "since this run began, so it cannot be continued; restore them, or start a new run "
+                                "with name=NAME")
+            restore(learner, checkpoint)
         runs.record_start(folder, config, learner.device, learner.precision)
         with resumable(folder):
             train(learner, data, config, folder, checkpoint.history if checkpoint else [])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="FILE", help="start a run of this experiment, e.g. configs/dice_ce.yaml")
     source.add_argument("--resume", metavar="RUN", type=Path, help="continue this run, e.g. runs/dice_ce")

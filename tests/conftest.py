@@ -33,12 +33,12 @@ def real_data(pytestconfig) -> Path:
     return Path(folder).resolve()
 
 
-def script(*arguments, cwd, limit=600) -> subprocess.CompletedProcess:
-    """Run a script or `-m tools.x` of this repository as a user does."""
+def script(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
+    """Run a script or `-m tools.x` of this repository as a user does, however long this machine takes."""
     name, *rest = map(str, arguments)
     command = ["-m", name] if name.startswith("tools.") else [str(REPOSITORY / name)]
-    return subprocess.run([sys.executable, *command, *rest], cwd=cwd, capture_output=True, text=True, timeout=limit,
-                          env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    return subprocess.run([sys.executable, *command, *rest], cwd=cwd, capture_output=True, text=True,
+                          encoding="utf-8", env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment)
 
 
 def write_pairs(root: Path, count: int, size: tuple[int, int] = (48, 40), seed: int = 0, slides: int = 0) -> list[str]:

@@ -2,7 +2,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from config import Config, apply_overrides, from_dict, load_config, to_dict
+from config import Config, apply_overrides, from_dict, leaves, load_config, to_dict
 from console import UserError
 from losses import LOSSES
 
@@ -121,3 +121,36 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     write(tmp_path, "seed: 1")
     with pytest.raises(UserError, match="experiment.yaml"):
         load_config(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize("override", ["seed=010", "train.batch_size=1:30", "train.epochs=1_0", "seed=0x10",
+                                      "train.folds=0b11", "model.widths=[4,010]", "optim.lr=1_0.5", "optim.lr=1:30.5"])
+def test_numbers_that_yaml_1_1_reads_otherwise_are_refused(override, tmp_path):
+    with pytest.raises(UserError, match="must be a"):
+        apply_overrides(Config(), [override])
+    section, _, rest = override.partition(".")
+    name, _, value = (rest or section).partition("=")
+    path = tmp_path / "x.yaml"
+    path.write_text(f"{section}: {{{name}: {value}}}\n" if rest else f"{name}: {value}\n")
+    with pytest.raises(UserError, match="must be a"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(("override", "value"), [("optim.lr=5e-4", 5e-4), ("optim.lr=.5", 0.5), ("optim.lr=1", 1.0),
+                                                 ("optim.lr=1.5e-3", 1.5e-3), ("seed=12", 12), ("seed=+3", 3)])
+def test_numbers_as_people_write_them(override, value):
+    assert dict(leaves(apply_overrides(Config(), [override])))[override.partition("=")[0]] == value
+
+
+@pytest.mark.parametrize("name", ["mean", "all"])
+def test_a_class_may_not_be_called_like_a_selection_of_classes(name):
+    with pytest.raises(UserError, match=f"'{name}' names"):
+        apply_overrides(Config(), [f"data.classes=[background, tissue, {name}]"])
+
+
+@pytest.mark.parametrize("text", ["010", "1e5", "5e-4", "1:30", "1_0", "0x1f", "1.5", "-0", "1.0e+3", "on",
+                                  "null", "~"])
+def test_text_that_looks_like_a_number_survives_the_file(text, tmp_path):
+    config = apply_overrides(Config(), [f"data.group={text}"])
+    (tmp_path / "x.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "x.yaml") == config

@@ -1,13 +1,15 @@
-"""console.py and hardware.py."""
+"""console.py."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
+from conftest import REPOSITORY
 
 import console
-from console import Progress, UserError, run, table
-from hardware import autocast, choose_device, choose_precision, has_bf16, peak_memory_mb
+from console import Progress, UserError, argument_parser, command, run, table
 
 
 @pytest.mark.parametrize(("error", "code", "text"), [
@@ -55,15 +57,38 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "train" in terminal.getvalue() and "loss 0.2" in terminal.getvalue() and "\r" in terminal.getvalue()
 
 
-def test_devices_and_precisions():
-    cpu = choose_device("cpu")
-    assert choose_precision("float32", cpu) == torch.float32 and choose_precision("bf16", cpu) == torch.bfloat16
-    assert choose_precision("auto", cpu) == (torch.bfloat16 if has_bf16(cpu) else torch.float32)
-    torch.backends.cudnn.allow_tf32 = True
-    assert choose_precision("float32", cpu) == torch.float32 and not torch.backends.cudnn.allow_tf32
-    assert choose_device("auto").type in ("cuda", "mps", "cpu")
-    layer = torch.nn.Linear(2, 2)
-    for dtype in (torch.float32, torch.bfloat16):
-        with autocast(cpu, dtype):
-            assert layer(torch.zeros(1, 2)).dtype == dtype
-    assert 1 < peak_memory_mb(cpu) < 1e6
+@pytest.mark.parametrize("error", [UserError("x.png: broken"), OSError(5, "Input/output error", "/y")])
+def test_a_traceback_is_shown_where_it_is_asked_for(error, monkeypatch, capsys):
+    def main():
+        argument_parser("docs").parse_args()
+        raise error
+
+    for argument, shown in (([], False), (["--traceback"], True)):
+        monkeypatch.setattr(sys, "argv", ["script.py", *argument])
+        with pytest.raises(SystemExit) as end:
+            run(main)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and ("in main" in said) == shown and said.splitlines()[-1].startswith("error: ")
+
+
+def test_a_name_that_the_console_lacks_does_not_end_the_work(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    run(lambda: print("wrote runs/prüfung"))
+    stream.flush()
+    assert stream.buffer.getvalue().strip() == b"wrote runs/pr\\xfcfung"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_cannot_be_written_is_an_error():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, REPOSITORY / "receptive_field.py", "--theory"], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_commands_can_be_pasted_into_the_shell_at_hand(monkeypatch):
+    words = ["python", "train.py", "--config", "my configs/x.yaml", r"data.group=^(s\d+)", "runs/a-1", r"C:\x"]
+    assert command("a b", "c") == "'a b' c"
+    monkeypatch.setattr(console.os, "name", "nt")
+    assert command(*words) == r'python train.py --config "my configs/x.yaml" "data.group=^(s\d+)" runs/a-1 C:\x'

@@ -233,9 +233,10 @@ def test_interrupted_the_old_list_stays_whole(tmp_path, how, when):
                                start_new_session=True, preexec_fn=heed_interrupts)
     process.stdout.readline()  # preflight: the images come next
     while when == "drawing" and not (tmp_path / "tiles/.filter.being-written").exists():
+        assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, how)
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate()
     assert process.returncode == (130 if how == signal.SIGINT else -9) and "Traceback" not in message
     assert (tmp_path / "tiles/tiles.csv").read_bytes() == before
     assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
@@ -247,15 +248,18 @@ def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path):
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
     path = tmp_path / "tiles/tiles.csv"
     assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
+    pictures = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "tiles/filter").iterdir()}
     process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "x.yaml"], cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "tiles/.filter.being-written").exists():
+        assert process.poll() is None
         time.sleep(0.005)
     edit(path, **{"3": "excluded"})
     edited = path.read_bytes()
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate()
     assert process.returncode == 2 and "was edited while the tiles were judged" in message
     assert path.read_bytes() == edited
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "tiles/filter").iterdir()} == pictures
 
 
 def test_empty_sides_and_absent_classes_are_said(tmp_path):
@@ -318,7 +322,7 @@ def test_an_old_list_that_cannot_be_read_is_not_overwritten(tmp_path):
     (tmp_path / "x.yaml").write_text("data: {root: tiles, group: '^(.)'}\n")
     (tmp_path / "tiles/tiles.csv").write_text("key,split\na-good,train\n")
     out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
-    assert out.returncode == 2 and "mend it, or delete it" in out.stderr
+    assert out.returncode == 2 and "fix it, or delete it" in out.stderr
     assert (tmp_path / "tiles/tiles.csv").read_text() == "key,split\na-good,train\n"
 
 

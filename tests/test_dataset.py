@@ -1,7 +1,6 @@
 import csv
 import os
 from dataclasses import replace
-from shutil import copytree
 
 import numpy as np
 import pytest
@@ -31,7 +30,6 @@ from dataset import (
     validation_crops,
     write_tiles,
 )
-from files import names, refuse_loss, replacing, replacing_folder
 
 LAYOUT = "frames/frame#{key}.png", "masks/mask#{key}.png"
 
@@ -277,7 +275,7 @@ def test_one_group_cannot_be_split():
 
 def test_the_store_holds_the_files(tmp_path):
     _, tiles = listed(tmp_path)
-    store = open_store(tmp_path, tiles, GREYS.tolist())
+    store = open_store(tmp_path, tiles, GREYS.tolist()).pixels
     assert store.shape == (6, 48, 40, 4) and store.dtype == np.uint8
     for i, tile in enumerate(tiles):
         assert (store[i, ..., :3] == np.asarray(Image.open(tmp_path / tile.image))).all()
@@ -303,16 +301,23 @@ def truncate(root, tiles):
     return tiles
 
 
+def of_older_code(root, tiles):
+    path = root / "tiles.u8"
+    packed = path.read_bytes()
+    path.write_bytes(packed.replace(b"crc-unet tiles 2", b"crc-unet tiles 1"))
+    return tiles
+
+
 @pytest.mark.parametrize(("change", "stale"), [
     (lambda root, tiles: tiles, False), (lambda root, tiles: tiles[:-1], True), (lambda root, tiles: tiles[::-1], True),
-    (change_mask, True), (touch, True), (truncate, True),
-], ids=["same", "removed", "reordered", "edited", "touched", "cut"])
+    (change_mask, True), (touch, True), (truncate, True), (of_older_code, True),
+], ids=["same", "removed", "reordered", "edited", "touched", "cut", "of older code"])
 def test_the_store_is_packed_anew_exactly_when_stale(tmp_path, monkeypatch, change, stale):
     _, tiles = listed(tmp_path)
     open_store(tmp_path, tiles, GREYS.tolist())
     tiles, packed, pack = change(tmp_path, tiles), [], dataset._pack
     monkeypatch.setattr(dataset, "_pack", lambda *args: packed.append(1) or pack(*args))
-    store = open_store(tmp_path, tiles, GREYS.tolist())
+    store = open_store(tmp_path, tiles, GREYS.tolist()).pixels
     assert bool(packed) == stale
     for i, tile in enumerate(tiles):
         assert (GREYS[store[i, ..., 3]] == np.asarray(Image.open(tmp_path / tile.mask))).all()
@@ -320,8 +325,8 @@ def test_the_store_is_packed_anew_exactly_when_stale(tmp_path, monkeypatch, chan
 
 def test_other_greys_make_the_store_stale(tmp_path):
     _, tiles = listed(tmp_path)
-    before = np.array(open_store(tmp_path, tiles, [26, 51, 77])[..., 3])
-    after = open_store(tmp_path, tiles, [77, 51, 26])[..., 3]
+    before = np.array(open_store(tmp_path, tiles, [26, 51, 77]).pixels[..., 3])
+    after = open_store(tmp_path, tiles, [77, 51, 26]).pixels[..., 3]
     assert (after == 2 - before).all()
 
 
@@ -346,19 +351,33 @@ def test_a_tile_of_another_size_is_named_and_no_store_is_left(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- the training set
 
-def test_statistics_equal_numpy_and_look_at_training_tiles_only(tmp_path):
+def test_statistics_equal_numpy_and_look_at_the_chosen_tiles_only(tmp_path):
     _, tiles = listed(tmp_path)
     store, rows = open_store(tmp_path, tiles, GREYS.tolist()), [1, 2, 4]
-    statistics, pixels = measure(store, rows, 3), store[rows] / 255
-    assert statistics.mean == pytest.approx(pixels[..., :3].mean((0, 1, 2)))
-    assert statistics.std == pytest.approx(pixels[..., :3].std((0, 1, 2)))
-    assert statistics.frequencies == pytest.approx([np.mean(store[rows][..., 3] == k) for k in range(3)])
+    statistics, pixels = measure(store.sums[rows]), store.pixels[rows] / 255
+    assert statistics.mean == pytest.approx(pixels[..., :3].mean((0, 1, 2)), rel=1e-12)
+    assert statistics.std == pytest.approx(pixels[..., :3].std((0, 1, 2)), rel=1e-12)
+    assert statistics.frequencies == pytest.approx([np.mean(store.pixels[rows][..., 3] == k) for k in range(3)])
+
+
+def test_statistics_come_with_the_store_and_need_no_look_at_its_pixels(tmp_path, monkeypatch):
+    _, tiles = listed(tmp_path)
+    first = open_store(tmp_path, tiles, GREYS.tolist())
+    monkeypatch.setattr(dataset, "sums_of", None)
+    assert (open_store(tmp_path, tiles, GREYS.tolist()).sums == first.sums).all()
+    assert first.sums.shape == (6, 9) and (first.sums[:, 6:].sum(1) == 48 * 40).all()
+
+
+def test_statistics_of_one_colour_have_no_deviation_of_zero():
+    statistics = measure(np.stack([dataset.sums_of(np.full((500, 500, 3), 255, np.uint8),
+                                                   np.zeros((500, 500), np.uint8), 3)] * 9))
+    assert statistics.mean == [1.0] * 3 and statistics.std == [1e-6] * 3 and statistics.frequencies == [1.0, 0.0, 0.0]
 
 
 def test_normalised_training_tiles_have_mean_0_and_deviation_1(tmp_path):
     _, tiles = listed(tmp_path)
-    store = np.array(open_store(tmp_path, tiles, GREYS.tolist()))
-    x = normalise(torch.from_numpy(store[..., :3]), measure(store, range(6), 3))
+    store = open_store(tmp_path, tiles, GREYS.tolist())
+    x = normalise(torch.from_numpy(np.array(store.pixels[..., :3])), measure(store.sums))
     assert x.shape == (6, 3, 48, 40) and x.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4)
     assert torch.allclose(x.std((0, 2, 3)), torch.ones(3), atol=1e-3)
@@ -480,74 +499,3 @@ def test_normalising_again_needs_no_new_constants():
         assert (normalise(pixels, statistics).movedim(1, -1).numpy() == expected).all()
     other = Statistics([0.5, 0.4, 0.2], [0.1, 0.2, 0.3], [1.0])
     assert not torch.equal(normalise(pixels, other), normalise(pixels, statistics))
-
-
-def test_a_folder_is_replaced_whole_or_left_whole(tmp_path):
-    folder = tmp_path / "report"
-    with replacing_folder(folder) as partial:
-        (partial / "a").write_text("1")
-    with pytest.raises(RuntimeError), replacing_folder(folder) as partial:
-        (partial / "b").write_text("2")
-        raise RuntimeError
-    assert names(folder) == "a" and list(tmp_path.iterdir()) == [folder]
-    folder.rename(tmp_path / ".report.being-replaced")  # what a process killed between the two renames leaves
-    (tmp_path / ".report.being-written/b").mkdir(parents=True)
-    with pytest.raises(RuntimeError), replacing_folder(folder):
-        raise RuntimeError
-    assert names(folder) == "a" and list(tmp_path.iterdir()) == [folder]
-    (tmp_path / ".report.being-written/b").mkdir(parents=True)
-    (tmp_path / ".report.old").mkdir()  # somebody's
-    with replacing_folder(folder) as partial:
-        (partial / "c").write_text("3")
-        with pytest.raises(UserError, match="report is being written by another process"), replacing_folder(folder):
-            pytest.fail("both write")
-        assert (partial / "c").exists()
-    assert names(folder) == "c" and {path.name for path in tmp_path.iterdir()} == {"report", ".report.old"}
-
-
-def test_only_what_was_written_is_replaced(tmp_path):
-    folder = tmp_path / "report"
-
-    def write():
-        with replacing_folder(folder, [tmp_path / "a"]) as partial:
-            (partial / "inner").mkdir()
-            (partial / "inner/x").touch()
-
-    write()
-    for leftover in (".DS_Store", "inner/Thumbs.db"):
-        (folder / leftover).touch()
-    (folder / "inner/x").write_text("changed")
-    write()
-    assert (folder / "inner/x").read_text() == "" and not (folder / ".DS_Store").exists()
-    for mine in ("notes.txt", "inner/notes.txt", ".hidden", "x"):
-        (folder / mine).touch()
-        with pytest.raises(UserError, match=rf"holds {mine}, which no earlier run wrote"):
-            write()
-        assert (folder / mine).exists()
-        (folder / mine).unlink()
-    (folder / "inner/link").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="holds inner/link"):
-        write()
-    (folder / "inner/link").unlink()
-    with pytest.raises(UserError, match="inner lies in .*report, which this would replace"):
-        refuse_loss(folder, [folder / "inner"])
-    refuse_loss(folder, [tmp_path], [tmp_path / "a"])
-    with pytest.raises(UserError, match=r"holds results of .*/a; move it away"):
-        refuse_loss(folder, [], [tmp_path / "b"])
-    moved = copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-moved"))
-    refuse_loss(moved / "report", [], [moved / "a"])
-    (folder / ".written.json").write_text("[]")
-    with pytest.raises(UserError, match="holds .written.json and 1 more"):
-        write()
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"), replacing_folder(tmp_path / "file"):
-        pytest.fail("replaces a file")
-
-
-def test_replacing_leaves_the_old_file_when_the_writer_fails(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

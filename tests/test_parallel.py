@@ -4,6 +4,7 @@ import time
 import pytest
 from conftest import REPOSITORY, script
 
+import parallel
 from console import UserError
 from parallel import AHEAD, CHUNK, cores, spread
 
@@ -56,8 +57,29 @@ def test_every_worker_has_one_thread_and_this_process_its_own(monkeypatch):
     assert len(found) == 3 and set(found.values()) == {"1"}
 
 
-def test_there_is_a_core():
-    assert 1 <= cores() <= os.cpu_count()
+def test_no_more_workers_than_the_system_can_wait_for(monkeypatch):
+    """Windows: 61; Python raises ValueError beyond it."""
+    monkeypatch.setattr(parallel, "MOST_WORKERS", 2)
+    with spread(5) as over:
+        assert len({pid for pid, _ in over(who, range(60))}) <= 2
+
+
+def test_there_are_as_many_cores_as_this_process_may_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(parallel, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    assert cores() == 16
+    for text, expected in (("max 100000", 16), ("250000 100000", 3), ("50000 100000", 1), ("9900000 100000", 16)):
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert cores() == expected
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    for quota, expected in ((-1, 16), (200000, 2)):
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+        assert cores() == expected
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores() == 1
 
 
 def test_the_filter_starts_without_torch(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 def train_and_evaluate(folder, name):
     for command in (["data_filter.py", "--config", f"configs/{name}.yaml"],
                     ["train.py", "--config", f"configs/{name}.yaml"], ["evaluate.py", f"runs/{name}"]):
-        out = script(*command, cwd=folder, limit=1800)
+        out = script(*command, cwd=folder)
         assert out.returncode == 0, out.stderr
     scores = json.loads((folder / f"runs/{name}/evaluation/scores.json").read_text())
     dice = scores["entries"][0]["scores"]["dice"]
@@ -28,7 +28,7 @@ def shares(entry):
 
 def assert_precision_does_not_matter(folder, name):
     """Of the run as evaluated in whatever is fastest here, and in float32."""
-    out = script("evaluate.py", f"runs/{name}", "--precision", "float32", "--out", "exact", cwd=folder, limit=1800)
+    out = script("evaluate.py", f"runs/{name}", "--precision", "float32", "--out", "exact", cwd=folder)
     assert out.returncode == 0, out.stderr
     evaluations = [folder / f"runs/{name}/evaluation", folder / "exact"]
     fast, exact = ([np.asarray(Image.open(path)) for path in sorted(evaluation.glob("predictions/*/*.png"))]

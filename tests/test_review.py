@@ -106,5 +106,5 @@ def test_a_link_at_fault_is_no_reason_to_delete_the_list(tmp_path):
         read_before(tmp_path / "tiles/tiles.csv")
     assert "delete" not in str(error.value)
     (tmp_path / "tiles/tiles.csv").write_text("key\n")
-    with pytest.raises(UserError, match="mend it, or delete it"):
+    with pytest.raises(UserError, match="fix it, or delete it"):
         read_before(tmp_path / "tiles/tiles.csv")

@@ -20,7 +20,7 @@ def checkpoint(tmp_path):
     optimizer = torch.optim.Adam(model.parameters())
     path = tmp_path / "last.pt"
     runs.save_checkpoint(path, config=CONFIG, statistics=STATISTICS, history=[{"epoch": 1, "val_loss": 0.5}],
-                         tiles_sha256="0" * 64, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         tiles="0" * 64, model=model.state_dict(), optimizer=optimizer.state_dict(),
                          scheduler={"best": float("inf")})
     return path, model
 
@@ -86,23 +86,24 @@ def a_run(folder):
 
 
 def hold(folder, held, done):
-    with runs.locked(folder):
+    with runs.holding(folder):
         held.set()
-        done.wait(30)
+        done.wait()
 
 
 def test_two_processes_cannot_train_one_run(tmp_path):
     context = multiprocessing.get_context("spawn")
     a_run(tmp_path)
     held, done = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path, held, done))
+    process = context.Process(target=hold, args=(tmp_path, held, done), daemon=True)
     process.start()
-    assert held.wait(30)
-    with pytest.raises(UserError, match="another process"), runs.locked(tmp_path):
+    while not held.wait(0.1):
+        assert process.is_alive()
+    with pytest.raises(UserError, match="another process"), runs.holding(tmp_path):
         pass
     process.kill()
     process.join()
-    with runs.locked(tmp_path):
+    with runs.holding(tmp_path):
         pass  # the system freed it
 
 
@@ -111,12 +112,12 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     leftover, other = tmp_path / "checkpoints" / ".last.pt.123.tmp", tmp_path / "checkpoints" / ".precious.tmp"
     leftover.touch()
     other.touch()
-    with runs.locked(tmp_path):
+    with runs.holding(tmp_path):
         assert not leftover.exists() and other.exists()
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
-    with pytest.raises(UserError, match="no such run"), runs.locked(tmp_path):
+    with pytest.raises(UserError, match="no such run"), runs.holding(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 

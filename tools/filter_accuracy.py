@@ -12,7 +12,6 @@ Precision: of the tiles that a rule drops, the share that has a defect it is to 
 defect, the share that it drops. The 1 % rule is to find `empty` tiles, the other rules the four defects of masks.
 """
 
-import argparse
 import csv
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 import figures
 from audit import verdict
 from config import Filter, apply_overrides, load_config
-from console import UserError, markdown_table, run, table
+from console import UserError, argument_parser, markdown_table, run, table
 from dataset import Tile, read_tiles
 from files import write_text
 from filter_report import FOLDER, MEASURED, measured
@@ -162,7 +161,7 @@ def draw(planted: Sequence[Planted], limits: Filter) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of demo tiles that were filtered")
     parser.add_argument("overrides", nargs="*", metavar="filter.key=value", help="other limits than the filter used")
     args = parser.parse_args()

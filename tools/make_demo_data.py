@@ -20,7 +20,6 @@ A tile depends on the seed, its slide, its number and the size, and not on how m
 import argparse
 import csv
 import os
-import shlex
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ from numpy.random import Generator
 from PIL import Image
 from scipy import ndimage
 
-from console import Progress, UserError, run, table
+from console import Progress, UserError, argument_parser, command, run, table
+from files import writing
 from parallel import cores, spread
 
 CLASSES = ("background", "tissue", "tumour")
@@ -511,7 +511,7 @@ def write_tiles(out: Path, tiles: int, slides: int, size: int, seed: int) -> lis
         for row_and_shares in over(partial(write_tile, out, seed, size), jobs):
             written.append(row_and_shares)
             progress.advance()
-    with (out / "truth.csv").open("w", newline="") as file:
+    with (out / "truth.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(row for row, _ in written)
@@ -526,14 +526,14 @@ def report(out: Path, written: list[tuple[dict, np.ndarray]]) -> str:
         f"{len(written)} tiles in {out}: frames/, masks/; the clean masks in truth/, the planted defects in truth.csv",
         table(["defect", "tiles"], [[name, str(counts[name])] for name in ("none", *DEFECTS)]),
         table(["class", "share of the clean masks"], [[n, f"{v:.3f}"] for n, v in zip(CLASSES, shares, strict=True)]),
-        "next: python data_filter.py --config configs/demo.yaml"
-        + ("" if out == Path("data/demo") else " " + shlex.quote(f"data.root={out}")),
+        "next: " + command("python", "data_filter.py", "--config", "configs/demo.yaml",
+                           *([] if out == Path("data/demo") else [f"data.root={out}"])),
     ])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder to write, data/demo say")
     limits = {"tiles": (1, 99_999), "slides": (1, 99), "size": (128, 1024), "seed": (0, 2**31)}
     for (name, (low, high)), default in zip(limits.items(), (240, 12, 500, 0), strict=True):
@@ -554,12 +554,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{args.out} exists and is not an empty folder: remove it or choose another")
     target = args.out.resolve()
     partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        written = write_tiles(partial, args.tiles, args.slides, args.size, args.seed)
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(args.out):
+        partial.mkdir(parents=True)
+        try:
+            written = write_tiles(partial, args.tiles, args.slides, args.size, args.seed)
+            partial.replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     print(report(args.out, written))
 
 

@@ -15,8 +15,6 @@ KEY is PATIENT-REST_CLASS, in capitals where NAME has letters, since the publish
 in more than one class: split by patient (data.group), never by tile.
 """
 
-import argparse
-import shlex
 import shutil
 from pathlib import Path
 
@@ -24,8 +22,9 @@ import numpy as np
 from PIL import Image
 
 from config import Data
-from console import Progress, UserError, run, table
+from console import Progress, UserError, argument_parser, command, run, table
 from dataset import open_picture, read_image
+from files import writing
 
 GLAND = {"Adenocarcinoma": 2, "High-grade IN": 2, "Low-grade IN": 1, "Normal": 1, "Polyp": 1, "Serrated adenoma": 1}
 GLAND_ABOVE = 127  # grey of the label; its edges are antialiased
@@ -61,15 +60,9 @@ def read_label(path: Path, gland: int) -> np.ndarray:
     return np.where(np.asarray(picture.convert("L")) > GLAND_ABOVE, gland, 0).astype(np.uint8)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="the folder that holds Adenocarcinoma/, Normal/ …")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write, e.g. data/ebhi")
-    args = parser.parse_args()
-    if args.out.exists():
-        raise UserError(f"{args.out} exists; remove it or choose another folder")
-    pairs = find_sources(args.source)
-    partial = args.out.with_name(args.out.name + ".partial")
+def write_tiles(pairs: list[tuple[str, Path, Path]], out: Path) -> np.ndarray:
+    """Write all pairs into the new folder `out`, which appears whole; returns the pixels of each class (3,)."""
+    partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     layout, pixels = Data(), np.zeros(3, np.int64)
     for pattern in (layout.images, layout.masks):
@@ -83,13 +76,26 @@ def main() -> None:
             Image.fromarray(np.array(layout.greys, np.uint8)[mask]).save(partial / layout.masks.replace("{key}", key))
             pixels += np.bincount(mask.ravel(), minlength=3)
             progress.advance()
-    partial.replace(args.out)
+    partial.replace(out)
+    return pixels
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the folder that holds Adenocarcinoma/, Normal/ …")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write, e.g. data/ebhi")
+    args = parser.parse_args()
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; remove it or choose another folder")
+    pairs = find_sources(args.source)
+    with writing(args.out):
+        pixels = write_tiles(pairs, args.out)
     patients = len({key_of(name, path).partition("-")[0] for name, path, _ in pairs})
-    print(table(["tiles", "patients", *layout.classes],
+    print(table(["tiles", "patients", *Data().classes],
                 [[str(len(pairs)), str(patients), *(f"{share:.1%}" for share in pixels / pixels.sum())]]))
-    elsewhere = "" if args.out == Path("data/ebhi") else " " + shlex.quote(f"data.root={args.out}")
+    elsewhere = [] if args.out == Path("data/ebhi") else [f"data.root={args.out}"]
     print(f"\nwrote {args.out}/frames and {args.out}/masks\n"
-          f"next:  python data_filter.py --config configs/ebhi.yaml{elsewhere}")
+          f"next:  {command('python', 'data_filter.py', '--config', 'configs/ebhi.yaml', *elsewhere)}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ too, and `shipped` as it comes. `roof` is the share of what the hardware could d
 What was measured is written after each benchmark, so that an interrupted run keeps what it has.
 """
 
-import argparse
 import json
 import platform
 import re
@@ -45,7 +44,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from console import Progress, UserError, percent, run, table
+from console import Progress, UserError, argument_parser, percent, run, table
 from files import write_text
 from parallel import cores
 from tools.benchmark.race import Race, Setting, Sides, compete, in_new_process
@@ -133,8 +132,7 @@ def describe(row: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m tools.benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, prog="python -m tools.benchmark")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), metavar="DIR",
                         help="folder of demo tiles (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the above (default: all)")

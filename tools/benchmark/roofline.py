@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from hardware import has_bf16
 from tools.benchmark.race import Setting
 
 Work = list[tuple[str, float, float]]  # of each operation the dtype, FLOP and bytes
@@ -82,7 +83,10 @@ def bound(work: Work, peaks: dict[str, float]) -> float:
 
 
 def peaks(setting: Setting) -> dict[str, float]:
-    """FLOP a second in float32 (not TF32) and bfloat16, and bytes a second: the best of several tries each."""
+    """FLOP a second in float32 (not TF32) and, where the hardware has it, bfloat16, and bytes a second.
+
+    The best of several tries each. Emulated bfloat16 is a hundred times slower than float32, so it is no peak.
+    """
     torch.backends.cudnn.allow_tf32 = False
     device, small = torch.device(setting.device), setting.device == "cpu"
 
@@ -96,7 +100,7 @@ def peaks(setting: Setting) -> dict[str, float]:
         return amount / min(seconds)
 
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16)[:1 + has_bf16(device)]:
         side, images = (2048, 8) if small else (8192, 64)
         a, b = torch.randn(2, side, side, device=device).to(dtype)
         x = torch.randn(images, 256, 32, 32, device=device).to(dtype, memory_format=torch.channels_last)
