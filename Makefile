@@ -2,12 +2,13 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: help demo test test-slow clean-demo
+.PHONY: help demo test test-slow test-gpu clean-demo
 
 help:
 	@echo "make demo        install, make synthetic tiles, filter, train, evaluate (minutes; an interrupted demo goes on)"
 	@echo "make test        install, lint, run the tests (real tissue: CRC_REAL_DATA=DIR make test)"
 	@echo "make test-slow   the tests that take minutes each"
+	@echo "make test-gpu    the tests that need a CUDA GPU, and a table of what they measure (CRC_GPU_JSON=FILE keeps it)"
 	@echo "make clean-demo  remove what the demo wrote: data/demo and runs/demo"
 
 .venv/bin/python:
@@ -37,7 +38,10 @@ test: .venv/installed-dev
 	$(PY) -m pytest -q
 
 test-slow: .venv/installed-dev
-	$(PY) -m pytest -q -m slow
+	$(PY) -m pytest -q -n 0 -m slow
+
+test-gpu: .venv/installed-dev
+	$(PY) -m pytest -q -n 0 -m gpu tests/gpu
 
 clean-demo:
 	rm -rf data/demo runs/demo

@@ -361,10 +361,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
     reuse_memory()
-    if args.resume:
-        resume(args.resume, args.overrides)
-    else:
-        start(load_config(args.config, args.overrides))
+    with enough_memory(LESS_MEMORY):
+        if args.resume:
+            resume(args.resume, args.overrides)
+        else:
+            start(load_config(args.config, args.overrides))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Options and small data that several tests share."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from parallel import ONE_THREAD
+
 REPOSITORY = Path(__file__).parent.parent
 GREYS = np.array([26, 51, 77], np.uint8)
 
@@ -16,6 +19,12 @@ GREYS = np.array([26, 51, 77], np.uint8)
 def pytest_addoption(parser):
     parser.addoption("--real-data", default=os.environ.get("CRC_REAL_DATA"), metavar="DIR",
                      help="folder with ebhi/ and report_tiles/ (default: CRC_REAL_DATA); without it those tests skip")
+
+
+def pytest_xdist_setupnodes():
+    """The processes of pytest-xdist share the cores: one thread each, and for what they start."""
+    for name in ONE_THREAD:
+        os.environ.setdefault(name, "1")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -39,6 +48,25 @@ def script(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
     command = ["-m", name] if name.startswith("tools.") else [str(REPOSITORY / name)]
     return subprocess.run([sys.executable, *command, *rest], cwd=cwd, capture_output=True, text=True,
                           encoding="utf-8", env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Like `script`, but in this process, which spares the seconds that importing torch takes."""
+    import console
+
+    def call(name, *arguments, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            console.run(importlib.import_module(name.removesuffix(".py")).main)
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([name, *arguments], code, said.out, said.err)
+    return call
 
 
 def write_pairs(root: Path, count: int, size: tuple[int, int] = (48, 40), seed: int = 0, slides: int = 0) -> list[str]:

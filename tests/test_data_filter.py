@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import GREYS, REPOSITORY, script, write_pairs
+from conftest import GREYS, REPOSITORY, write_pairs
 from PIL import Image
 
 import data_filter
@@ -135,19 +135,19 @@ def spoil(root):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_corrupt_tiles_are_listed_and_stop_the_run_after_all_were_judged(tmp_path, workers):
+def test_corrupt_tiles_are_listed_and_stop_the_run_after_all_were_judged(tmp_path, workers, here):
     write_pairs(tmp_path / "tiles", 20)
     reasons = spoil(tmp_path / "tiles")
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
     run = ["data_filter.py", "--config", "x.yaml", "--workers", workers]
-    out = script(*run, cwd=tmp_path)
+    out = here(*run, cwd=tmp_path)
     assert out.returncode == 2 and "error: corrupt tiles, see above: 6 of 20" in out.stderr
     for key, reason in reasons.items():
         assert [line for line in out.stderr.splitlines() if f"#{key}.png" in line and reason in line], key
     assert "pairs: 20, of 48 x 40 pixels (height x width); 4 of them corrupt" in out.stdout, "the masks tell so far"
     assert ", of no class 99 0.00%" in out.stdout
     assert not (tmp_path / "tiles/tiles.csv").exists()
-    out = script(*run, "--skip-corrupt", cwd=tmp_path)
+    out = here(*run, "--skip-corrupt", cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     tiles = {tile.key: tile for tile in read_tiles(tmp_path / "tiles")}
     assert {key for key, tile in tiles.items() if tile.split == "corrupt"} == set(reasons)
@@ -184,10 +184,10 @@ def test_when_nothing_can_be_read_one_line_says_so(tmp_path):
         filter_tiles(Config(data=Data(root=str(tmp_path))))
 
 
-def test_nothing_kept_is_an_error_with_pictures_to_look_at(tmp_path):
+def test_nothing_kept_is_an_error_with_pictures_to_look_at(tmp_path, here):
     planted(tmp_path / "tiles")
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\nfilter: {min_foreground: 1.0, max_blank: 0.0}\n")
-    out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    out = here("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
     assert out.returncode == 2 and "none of 6 tiles passes" in out.stderr
     assert (tmp_path / "tiles/filter/dropped_misregistered.png").exists()
     assert not (tmp_path / "tiles/tiles.csv").exists()
@@ -223,8 +223,8 @@ def heed_interrupts():
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("when", ["judging", "drawing"])
-def test_interrupted_the_old_list_stays_whole(tmp_path, how, when):
-    write_pairs(tmp_path / "tiles", 60, size=(300, 300))
+def test_interrupted_the_old_list_stays_whole(tmp_path, here, how, when):
+    write_pairs(tmp_path / "tiles", 30, size=(200, 200))
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
     (tmp_path / "tiles/tiles.csv").write_text("key,image,mask,split\n0,frames/frame#0.png,masks/mask#0.png,test\n")
     before = (tmp_path / "tiles/tiles.csv").read_bytes()
@@ -239,15 +239,15 @@ def test_interrupted_the_old_list_stays_whole(tmp_path, how, when):
     _, message = process.communicate()
     assert process.returncode == (130 if how == signal.SIGINT else -9) and "Traceback" not in message
     assert (tmp_path / "tiles/tiles.csv").read_bytes() == before
-    assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
+    assert here("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
     assert not list((tmp_path / "tiles").glob(".*.being-*")) and not list((tmp_path / "tiles").glob(".*.tmp"))
 
 
-def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path):
+def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path, here):
     write_pairs(tmp_path / "tiles", 30, size=(200, 200))
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
     path = tmp_path / "tiles/tiles.csv"
-    assert script("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
+    assert here("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
     pictures = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "tiles/filter").iterdir()}
     process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "x.yaml"], cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -262,17 +262,17 @@ def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path):
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "tiles/filter").iterdir()} == pictures
 
 
-def test_empty_sides_and_absent_classes_are_said(tmp_path):
+def test_empty_sides_and_absent_classes_are_said(tmp_path, here):
     write_pairs(tmp_path / "tiles", 6)
     for path in (tmp_path / "tiles/masks").iterdir():
         Image.fromarray(np.where(np.asarray(Image.open(path)) == 77, 51, 26).astype(np.uint8)).save(path)
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
-    out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    out = here("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
     assert out.returncode == 0 and "no pixel of tumour in the tiles that are kept" in out.stderr
     assert "the tiles are smaller than data.crop=256" in out.stderr
     tests = [tile.key for tile in read_tiles(tmp_path / "tiles") if tile.split == "test"]
     edit(tmp_path / "tiles/tiles.csv", **dict.fromkeys(tests, "excluded"))
-    out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    out = here("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
     assert out.returncode == 0 and "no tile has split = test" in out.stderr
 
 
@@ -298,15 +298,15 @@ def edit(path, **splits):
         writer.writerows(rows)
 
 
-def test_verdicts_set_by_hand_survive_every_later_run(tmp_path):
+def test_verdicts_set_by_hand_survive_every_later_run(tmp_path, here):
     config = planted(tmp_path / "tiles")
     (tmp_path / "x.yaml").write_text("data: {root: tiles, group: '^(.)', test_fraction: 0.3}\n")
     run, path = ["data_filter.py", "--config", "x.yaml"], tmp_path / "tiles/tiles.csv"
-    assert script(*run, cwd=tmp_path).returncode == 0
+    assert here(*run, cwd=tmp_path).returncode == 0
     side = {tile.group: tile.split for tile in read_tiles(path.parent) if tile.split in SPLITS}
     edit(path, c_glass=side["c"], b_above="excluded")
     for _ in range(3):
-        out = script(*run, cwd=tmp_path)
+        out = here(*run, cwd=tmp_path)
         assert out.returncode == 0, out.stderr
         tiles = {tile.key: tile for tile in read_tiles(path.parent)}
         assert (tiles["c-glass"].split, tiles["c-glass"].proposed) == (side["c"], "misregistered")
@@ -317,22 +317,22 @@ def test_verdicts_set_by_hand_survive_every_later_run(tmp_path):
     assert config.data.classes[0] in (tmp_path / "tiles/filter/summary.md").read_text()
 
 
-def test_an_old_list_that_cannot_be_read_is_not_overwritten(tmp_path):
+def test_an_old_list_that_cannot_be_read_is_not_overwritten(tmp_path, here):
     planted(tmp_path / "tiles")
     (tmp_path / "x.yaml").write_text("data: {root: tiles, group: '^(.)'}\n")
     (tmp_path / "tiles/tiles.csv").write_text("key,split\na-good,train\n")
-    out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    out = here("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
     assert out.returncode == 2 and "fix it, or delete it" in out.stderr
     assert (tmp_path / "tiles/tiles.csv").read_text() == "key,split\na-good,train\n"
 
 
 # ---------------------------------------------------------------------------------------------- what a person looks at
 
-def test_the_report_shows_counts_groups_and_every_reason(tmp_path):
+def test_the_report_shows_counts_groups_and_every_reason(tmp_path, here):
     planted(tmp_path / "tiles")
     (tmp_path / "x.yaml").write_text("data: {root: tiles, group: '^(.)', test_fraction: 0.3}\n")
     for _ in range(2):
-        out = script("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+        out = here("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
         assert out.returncode == 0, out.stderr
     folder = tmp_path / "tiles/filter"
     assert set(names(folder).split(", ")) == {

@@ -1,6 +1,8 @@
 import csv
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from dataset import (
     measure,
     normalise,
     open_store,
+    picture_size,
     read_image,
     read_mask,
     read_tiles,
@@ -51,6 +54,42 @@ def test_other_layouts_are_found_too(tmp_path):
             path.touch()
     tiles = find_pairs(tmp_path, "x/{key}/image.png", "y/{key}/label_1.png")
     assert [(tile.key, tile.mask) for tile in tiles] == [("a", "y/a/label_1.png"), ("b", "y/b/label_1.png")]
+
+
+def test_names_in_any_unicode_form_pair_up(tmp_path):
+    """macOS programs write an accent as a character of its own (NFD), others do not; both look the same."""
+    composed, decomposed = "Gewebe-\u00fc\u00e9 1", "Gewebe-u\u0308e\u0301 1"
+    write_pairs(tmp_path, 1)
+    (tmp_path / "frames/frame#0.png").rename(tmp_path / f"frames/frame#{decomposed}.png")
+    (tmp_path / "masks/mask#0.png").rename(tmp_path / f"masks/mask#{composed}.png")
+    tile, = find_pairs(tmp_path, *LAYOUT, group="^(\\w+)-\u00fc")
+    assert (tile.key, tile.group) == (composed, "Gewebe")
+    assert read_image(tmp_path / tile.image).shape == (48, 40, 3)
+    (tmp_path / "frames").rename(tmp_path / "Ru\u0308ckseite")
+    assert find_pairs(tmp_path, "R\u00fcckseite/frame#{key}.png", LAYOUT[1])[0].key == composed
+    if len(list((tmp_path / "masks").iterdir())) == 1:
+        (tmp_path / f"masks/mask#{decomposed}.png").touch()
+    if len(list((tmp_path / "masks").iterdir())) == 2:  # not where the file system takes both for one
+        with pytest.raises(UserError, match="differ only in how accents are written"):
+            find_pairs(tmp_path, "R\u00fcckseite/frame#{key}.png", LAYOUT[1])
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path):
+    write_pairs(tmp_path, 2)
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path / "frames") + b"/frame#\xff.png")).touch()
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    with pytest.raises(UserError, match=r"'frame#\\udcff.png' is not valid Unicode"):
+        find_pairs(tmp_path, *LAYOUT)
+
+
+def test_threads_leave_pillows_limit_as_it_was(tmp_path):
+    write_pairs(tmp_path, 1)
+    limit, path = Image.MAX_IMAGE_PIXELS, tmp_path / "frames/frame#0.png"
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: picture_size(path), range(600)))
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.parametrize(("removed", "named"), [("frames/frame#3.png", "mask#3.png: its image"),

@@ -155,7 +155,7 @@ def test_every_output_is_there_and_nothing_of_the_one_before(trained, command):
     (trained / "evaluation/predictions/tiny/mine.png").touch()
     with pytest.raises(UserError, match=r"holds predictions/tiny/mine.png, which no earlier run wrote"):
         command(trained)
-    assert not list(trained.glob(".evaluation*"))
+    assert not list(trained.glob(".evaluation.being-*"))
 
 
 def test_results_of_one_thing_do_not_replace_those_of_another(trained, command, tmp_path):
@@ -206,7 +206,8 @@ def test_an_evaluation_that_fails_leaves_the_one_before(trained, command, monkey
     monkeypatch.setattr(evaluate.evaluation_report, "draw_tiles", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command(trained)
-    assert (trained / "evaluation/scores.json").stat().st_mtime_ns == before and not list(trained.glob(".evaluation*"))
+    assert (trained / "evaluation/scores.json").stat().st_mtime_ns == before
+    assert not list(trained.glob(".evaluation.being-*"))
 
 
 def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_it_should(trained, command, tmp_path,
@@ -324,8 +325,9 @@ def test_flips_split_checkpoint_and_out(trained, command, tmp_path):
     command(trained, "--split", "all", "--out", tmp_path / "elsewhere", "--tolerance", 1)
     both = scores_of(tmp_path / "elsewhere")
     command(trained, "--split", "all", "--tolerance", 9)
-    wider = scores_of(trained / "evaluation-all")["entries"][0]["scores"]["tile_surface_dice"]["tissue"]["value"]
-    assert wider > both["entries"][0]["scores"]["tile_surface_dice"]["tissue"]["value"]
+    near, far = (contents["entries"][0]["scores"]["tile_surface_dice"]["tissue"]["value"] for contents in
+                 (both, scores_of(trained / "evaluation-all-tolerance-9")))
+    assert far > near
     assert both["tiles"] == 12 and both["surface_dice_tolerance_px"] == 1
     assert other["entries"][0]["flips"] and not plain["entries"][0]["flips"]
     assert (np.array(both["entries"][0]["confusion"]) >= plain["entries"][0]["confusion"]).all()
@@ -386,8 +388,13 @@ def test_data_that_moved_are_found_where_the_resumed_run_found_them(trained, com
 
 
 def test_tiles_that_are_not_those_of_the_run_are_said(trained, command, tmp_path, capsys):
-    with (tmp_path / "tiles/tiles.csv").open("a") as file:
-        file.write("\n")
+    path = tmp_path / "tiles/tiles.csv"
+    rows = rows_of(path)
+    moved = next(row["group"] for row in rows if row["split"] == "train")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(row | {"split": "test"} if row["group"] == moved else row for row in rows)
     command(trained)
     assert "may have been training tiles" in " ".join(capsys.readouterr().err.split())
     for name in ("report.html", "table.md", "scores.json"):

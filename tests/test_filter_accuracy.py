@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import REPOSITORY, script
+from conftest import REPOSITORY
 from sklearn.metrics import precision_score, recall_score
 
 from config import Filter
@@ -52,16 +52,16 @@ def test_tables_count_every_tile_once():
     assert left[ALL] < left[REPORT] < len(planted)
 
 
-def test_on_demo_tiles_from_the_command_line(tmp_path):
+def test_on_demo_tiles_from_the_command_line(tmp_path, here):
     for command in (["tools.make_demo_data", "data/demo", "--tiles", 24, "--slides", 3, "--size", 200],
                     ["data_filter.py", "--config", REPOSITORY / "configs/demo.yaml"],
                     ["tools.filter_accuracy", "data/demo", "filter.max_unmarked=0.06"]):
-        out = script(*command, cwd=tmp_path)
+        out = here(*command, cwd=tmp_path)
         assert out.returncode == 0, out.stderr
     assert "unmarked >= 0.06" in out.stdout
     assert "| all rules |" in (tmp_path / "data/demo/filter/accuracy.md").read_text()
     assert (tmp_path / "data/demo/filter/accuracy.png").stat().st_size > 10_000
-    out = script("tools.filter_accuracy", "data/demo", "filter.sigma=3", cwd=tmp_path)
+    out = here("tools.filter_accuracy", "data/demo", "filter.sigma=3", cwd=tmp_path)
     assert out.returncode == 2 and "filter.sigma" in out.stderr
-    out = script("tools.filter_accuracy", "nowhere", cwd=tmp_path)
+    out = here("tools.filter_accuracy", "nowhere", cwd=tmp_path)
     assert out.returncode == 2 and "run data_filter.py first" in out.stderr

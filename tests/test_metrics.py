@@ -94,11 +94,11 @@ def one_hot(labels):
 @pytest.mark.parametrize("shape", [(7, 5), (2, 9), (24, 31), (40, 40), (33, 6)])
 def test_surface_scores_equal_monai_where_both_have_the_class(shape):
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-    pairs = [random_masks(seed, shape) for seed in range(200)]
+    pairs = [random_masks(seed, shape) for seed in range(40)]
     ours = np.stack([metrics.surfaces(prediction, target, 3, tolerance=1.5) for target, prediction in pairs])
     targets, predictions = (one_hot(side) for side in zip(*pairs, strict=True))
     both = ((targets.sum((2, 3)) > 0) & (predictions.sum((2, 3)) > 0)).numpy()
-    assert both.sum() > 150
+    assert both.sum() > 30
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = [compute_hausdorff_distance(predictions, targets, include_background=True),
@@ -272,7 +272,7 @@ def test_groups_are_resampled_whole():
 def test_the_interval_covers_the_truth_about_95_times_in_100_and_ignoring_groups_does_not():
     """Slides of very different difficulty, 10 tiles each: tiles are no independent samples."""
     random, covered = np.random.default_rng(0), {True: 0, False: 0}
-    for _ in range(200):
+    for _ in range(100):
         slide = np.repeat(random.uniform(0.4, 0.8, 24), 10)  # accuracy of each tile's slide; its mean is 0.6
         right = random.binomial(100, slide)
         counts = np.zeros((240, 2, 2))
@@ -282,7 +282,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100_and_ignoring_groups
             weights = metrics.resampled_weights([str(i // 10) if grouped else "" for i in range(240)])
             low, high = metrics.interval(metrics.scores(tally, weights)["pixel_accuracy"], 24 if grouped else 240)
             covered[grouped] += low <= 0.6 <= high
-    assert 0.88 <= covered[True] / 200 <= 0.98 and covered[False] / 200 < 0.7
+    assert 0.88 <= covered[True] / 100 <= 0.99 and covered[False] / 100 < 0.7
 
 
 @pytest.mark.parametrize("groups", [5, 8, 15])

@@ -425,7 +425,7 @@ def kill(run, change):
 
 def test_a_run_and_its_numbers(trained, command, capsys):
     command(trained, "--pixels", 6, "--format", "png", "svg", "pdf", "--precision", "float32")
-    folder = trained / "receptive_field"
+    folder = trained / "receptive_field-float32-pixels-6"
     drawn = {f"{name}.{kind}" for name in ("fields", "profiles", "inputs", "paths", "border")
              for kind in ("png", "svg", "pdf")}
     assert {path.name for path in folder.iterdir()} - {".written.json"} == drawn | {"fields.csv", "paths.csv",
@@ -447,7 +447,10 @@ def test_a_run_and_its_numbers(trained, command, capsys):
     assert sum(shares) == pytest.approx(1, abs=1e-4) and {row["dead"] for row in paths} == {"False"}
     out = capsys.readouterr().out
     assert "skip of level 1" in out and "wrote" in out and "dead" not in out
-    command(trained, "--pixels", 4)  # replaces its own
+    command(trained, "--pixels", 4, "--precision", "float32")  # replaces nothing of another number
+    assert (folder / "fields.svg").is_file() and (trained / "receptive_field-float32-pixels-4/fields.png").is_file()
+    command(trained, "--pixels", 6, "--precision", "float32")  # replaces its own
+    assert not (folder / "fields.svg").exists()
 
 
 def test_the_rows_are_of_their_pixels_and_their_logits(trained):
@@ -484,12 +487,12 @@ def test_the_rows_are_of_their_pixels_and_their_logits(trained):
 def test_intervals_hold_all_groups_and_need_enough_of_them(trained, command):
     """Of split all: six slides; the test split has one."""
     command(trained, "--pixels", 12, "--split", "all", "--precision", "float32")
-    rows = list(csv.DictReader((trained / "receptive_field-all/fields.csv").open()))
+    rows = list(csv.DictReader((trained / "receptive_field-all-float32-pixels-12/fields.csv").open()))
     row = next(row for row in rows if row["input"] == "tiles" and row["inside"] == "all")
     assert row["groups"] == "6" and float(row["r95_low"]) <= float(row["r95"]) <= float(row["r95_high"])
     assert next(row for row in rows if row["input"] == "zeros")["r95_low"] == ""
     command(trained, "--pixels", 12, "--precision", "float32")
-    few = list(csv.DictReader((trained / "receptive_field/fields.csv").open()))
+    few = list(csv.DictReader((trained / "receptive_field-float32-pixels-12/fields.csv").open()))
     assert few[0]["groups"] == "1" and few[0]["r95_low"] == ""
 
 
@@ -498,7 +501,7 @@ def test_a_dead_level_is_said_clearly(trained, command, capsys):
     command(trained, "--pixels", 6, "--precision", "float32")
     assert ("tiny: the bottleneck is dead, no gradient passes it. What is left is the field of the skip of level 1, "
             "9 px in the place of 18." in capsys.readouterr().out)
-    folder = trained / "receptive_field"
+    folder = trained / "receptive_field-float32-pixels-6"
     rows = [row for row in csv.DictReader((folder / "fields.csv").open()) if row["weights"] == "trained"]
     assert all((row["first_row"], row["last_column"]) == ("-4", "4") for row in rows)
     dead = {row["path"]: row["dead"] for row in csv.DictReader((folder / "paths.csv").open())}
@@ -536,7 +539,7 @@ def test_runs_of_other_shapes_side_by_side(trained, tiny, command, capsys):
     assert not (trained.parent / "receptive_field-tiny-deep").exists()
     train.start(apply_overrides(tiny, ["train.epochs=1", "name=flat", "model.widths=[4]"]))
     command(trained, trained.parent / "flat", "--pixels", 3)
-    folder = trained.parent / "receptive_field-tiny-flat"
+    folder = trained.parent / "receptive_field-tiny-flat-pixels-3"
     found = json.loads((folder / "fields.json").read_text())["runs"]
     assert [run["theory"]["area"] for run in found] == [18**2, 5**2] and (folder / "fields.png").exists()
     assert "flat  " in capsys.readouterr().out

@@ -1,8 +1,10 @@
 import copy
 import csv
 import math
+import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +170,46 @@ def test_a_run_that_fails_in_its_first_epoch_leaves_its_name_free(workplace, tin
     assert not (workplace / "runs/tiny").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="simulates Windows")
+def test_no_lock_file_is_removed_while_it_is_held(workplace, tiny, monkeypatch):
+    """Windows removes no open file; the message about the run would be lost in one about its lock."""
+    import fcntl
+
+    unlink = os.unlink
+
+    def as_windows_does(path, **options):
+        if str(path).endswith(".lock"):
+            with Path(path).open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", as_windows_does)
+    monkeypatch.setattr(train, "pass_over", lambda *args: math.nan)
+    with pytest.raises(UserError, match="no fold has a finite validation loss"):
+        train.start(tiny)
+    assert not (workplace / "runs/tiny").exists()
+
+
+def test_how_adam_computes_belongs_to_the_device_not_to_the_checkpoint(workplace, tiny):
+    train.start(apply_overrides(tiny, ["train.epochs=1"]))
+    checkpoint = runs.load_checkpoint(workplace / "runs/tiny/checkpoints/last.pt")
+    assert checkpoint.optimizer["param_groups"][0]["fused"] is True
+    learner = train.build_learner(tiny, checkpoint.statistics)
+    learner.optimizer.param_groups[0]["fused"] = None  # as on a device without it
+    train.restore(learner, checkpoint)
+    assert learner.optimizer.param_groups[0]["fused"] is None
+
+
+def test_a_fold_that_repeats_its_tiles_is_said(workplace, tiny, capsys):
+    train.prepare_data(tiny)
+    assert "drawn" not in capsys.readouterr().err
+    train.prepare_data(apply_overrides(tiny, ["train.images_per_epoch=40"]))
+    warning = capsys.readouterr().err
+    assert "for the 20 images it needs" in warning and "train.images_per_epoch" in warning
+    train.warn_of_repeats([np.arange(10), np.resize(np.arange(4), 10)])
+    assert "has 4 tiles for the 10 images it needs, so each is drawn 2.5 times" in capsys.readouterr().err
+
+
 def test_moving_averages_are_carried_and_the_training_one_drives_the_learning_rate(workplace, tiny, monkeypatch):
     learner, seen, history = train.build_learner(tiny, train.prepare_data(tiny).statistics), [], []
     given = iter([{"train_loss": t, "val_loss": v} for t, v in ((1.0, 5.0), (0.5, 9.0), (2.0, 1.0))])
@@ -238,10 +280,79 @@ def test_resume_refuses_what_would_make_another_run(workplace, tiny):
         train.resume(workplace / "runs/tiny", ["optim.lr=1"])
     with pytest.raises(UserError, match="no such run"):
         train.resume(workplace / "runs/other", [])
-    with (workplace / "tiles/tiles.csv").open("a") as file:
-        file.write("\n")
+
+
+def rewritten(path, change=lambda rows: rows, delimiter=","):
+    """The list as `change` and a spreadsheet leave it."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    header, rows = rows[0].keys(), change(rows)
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, header, delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def with_a_note(rows):
+    rows[0]["note"] = "looked at it"
+    return rows
+
+
+def with_decimal_commas(rows):
+    return [row | {name: row[name].replace(".", ",") for name in ("foreground", "blank", "unmarked")} for row in rows]
+
+
+def with_a_dropped_tile(rows):
+    return [*rows, rows[0] | {"key": "s9-99", "image": "frames/frame#9.png", "mask": "masks/mask#9.png", "group": "s9",
+                              "split": "excluded", "proposed": "train"}]
+
+
+@pytest.mark.parametrize(("change", "delimiter"), [
+    (with_a_note, ","), (with_decimal_commas, ";"), (lambda rows: rows[::-1], "\t"), (with_a_dropped_tile, ",")],
+    ids=["note", "numbers and separator", "order", "a tile that is dropped"])
+def test_what_does_not_concern_a_run_in_the_list_changes_nothing(workplace, tiny, capsys, change, delimiter):
+    import evaluate
+    from entries import ask
+
+    tiny = apply_overrides(tiny, ["train.epochs=2"])
+    train.start(apply_overrides(tiny, ["name=whole"]))
+    train.start(apply_overrides(tiny, ["name=parts", "train.epochs=1"]))
+    rewritten(workplace / "tiles/tiles.csv", change, delimiter)
+    train.resume(workplace / "runs/parts", ["train.epochs=2"])
+    whole, parts = (state(workplace / "runs" / run) for run in ("whole", "parts"))
+    whole["config"]["name"] = "parts"
+    assert_equal(whole, parts)
+    assert ask([evaluate.trained(workplace / "runs/parts", "best", [], False)], "test").doubts == []
+
+
+def on_the_other_side(rows):
+    group = next(row["group"] for row in rows if row["split"] == "train")
+    return [row | {"split": "test"} if row["group"] == group else row for row in rows]
+
+
+def with_swapped_masks(rows):
+    first, second = [row for row in rows if row["split"] == "train"][:2]
+    first["mask"], second["mask"] = second["mask"], first["mask"]
+    return rows
+
+
+def in_another_group(rows):
+    next(row for row in rows if row["split"] == "train")["group"] = "s77"
+    return rows
+
+
+@pytest.mark.parametrize("change", [on_the_other_side, with_swapped_masks, in_another_group, lambda rows: rows[:-1]],
+                         ids=["split", "masks", "group", "removed"])
+def test_what_a_run_depends_on_in_the_list_is_noticed(workplace, tiny, change):
+    import evaluate
+    from entries import ask
+
+    train.start(apply_overrides(tiny, ["train.epochs=1"]))
+    rewritten(workplace / "tiles/tiles.csv", change)
     with pytest.raises(UserError, match="changed since this run began"):
-        train.resume(workplace / "runs/tiny", ["train.epochs=4"])
+        train.resume(workplace / "runs/tiny", ["train.epochs=2"])
+    doubts = ask([evaluate.trained(workplace / "runs/tiny", "best", [], False)], "test").doubts
+    assert len(doubts) == 1 and "may have been training tiles" in doubts[0]
 
 
 def test_an_existing_run_is_not_overwritten(workplace, tiny):
@@ -394,6 +505,10 @@ def test_a_store_on_the_device_changes_no_bit(workplace, tiny):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.\nGPU 0 has a total"),
+    torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),  # page-locked memory
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB, other allocations: 1.1 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"),
+    MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to")])
 def test_too_little_memory_ends_with_three_settings_and_changes_none(workplace, tiny, monkeypatch, error):
     def too_large(*args):
@@ -403,6 +518,20 @@ def test_too_little_memory_ends_with_three_settings_and_changes_none(workplace, 
     with pytest.raises(UserError, match=r"memory.*train\.batch_size.*data\.crop.*model\.widths") as raised:
         train.start(tiny)
     assert "\n" not in str(raised.value) and not (workplace / "runs/tiny").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--config", "x.yaml"], ["--resume", "runs/tiny"]])
+def test_too_little_memory_before_training_is_said_too(workplace, tiny, here, monkeypatch, arguments):
+    """For the tiles on a GPU, or for the network."""
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    train.start(apply_overrides(tiny, ["train.epochs=1"]))
+    (workplace / "x.yaml").write_text(tiny.to_yaml().replace("name: tiny", "name: x"))
+    monkeypatch.setattr(train, "build_learner", too_large)
+    out = here("train.py", *arguments, cwd=workplace)
+    assert out.returncode == 2 and "train.batch_size" in out.stderr and "Traceback" not in out.stderr
+    assert not (workplace / "runs/x").exists() and (workplace / "runs/tiny/checkpoints/last.pt").exists()
 
 
 def test_the_reports_batch_needs_far_less_than_the_6_gb_that_it_had():

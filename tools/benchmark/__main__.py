@@ -187,8 +187,9 @@ def measure(names: list[str], setting: Setting, out: Path | None) -> None:
     finally:
         print(table(["benchmark", "ours", "baseline", "unit", "baseline / ours: same", "shipped", "GFLOP", "baseline",
                      "roof"], [describe(row) for row in save()]))
-        print(f"at most {peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16, "
-              f"{peaks['bytes'] / 1e9:,.0f} GB/s" + setting.quick * "; --quick is a first impression, not to be quoted")
+        rates = [f"{peaks[dtype] / 1e9:,.0f} GFLOP/s in {dtype}" for dtype in ("float32", "bfloat16") if dtype in peaks]
+        print(f"at most {', '.join(rates)}, {peaks['bytes'] / 1e9:,.0f} GB/s"
+              + ("; --quick is a first impression, not to be quoted" if setting.quick else ""))
 
 
 if __name__ == "__main__":

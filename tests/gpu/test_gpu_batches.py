@@ -1,0 +1,114 @@
+"""Batches on the GPU are those that NumPy cuts: from a store there, from a huge one, and by page-locked memory."""
+
+import numpy as np
+import pytest
+import torch
+from gpu_helpers import random_crops
+
+from dataset import Crops, copied_to, store_on
+
+pytest_plugins = ["gpu_plugin"]
+pytestmark = pytest.mark.gpu
+
+
+def random_store(tiles: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (tiles, height, width, 4), np.uint8)
+
+
+def assert_batches_equal(ours, expected, device: torch.device) -> None:
+    ours = list(ours)
+    assert all(batch.device.type == device.type and batch.dtype == torch.uint8 for batch in ours)
+    for batch, other in zip(ours, expected, strict=True):
+        assert torch.equal(batch.cpu(), torch.from_numpy(other))
+
+
+@pytest.mark.parametrize("way", ["store on the device", "page-locked memory"])
+def test_random_flipped_crops_are_those_that_numpy_cuts(device, way):
+    store = random_store(20, 70, 90)
+    crops = random_crops(np.arange(20), (70, 90), 48, count=103)
+    assert {*zip(crops.flip_vertical.tolist(), crops.flip_horizontal.tolist(), strict=True)} == {
+        (False, False), (False, True), (True, False), (True, True)}
+    source = copied_to(device, store) if way == "store on the device" else store
+    assert_batches_equal(crops.batches_on(device, source, 8), crops.batches(store, 8), device)
+
+
+def test_a_small_store_goes_to_the_gpu_as_it_is(cuda_only):
+    store = random_store(70, 20, 20)
+    there = store_on(cuda_only, store)
+    assert isinstance(there, torch.Tensor) and there.is_cuda
+    assert np.array_equal(there.cpu().numpy(), store)
+
+
+def test_crops_of_a_store_of_9_gb_are_those_that_numpy_cuts(device, record):
+    """Its last tiles lie beyond 2^31 pixels; others lie where bytes pass 2^31 and 2^32."""
+    tiles, side, size = (9000, 500, 256) if device.type == "cuda" else (40, 50, 32)
+    bytes_needed = tiles * side * side * 4
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+        if free < 1.2 * bytes_needed:
+            pytest.skip(f"the GPU has {free / 1e9:.1f} GB free, a store of {bytes_needed / 1e9:.1f} GB is needed")
+        assert tiles * side * side > 2**31
+    tile_bytes = side * side * 4
+    edges = [edge // tile_bytes for edge in (2**31, 2**32, 2**33)] if device.type == "cuda" else [7, 20]
+    filled = sorted({0, 1, *(row for edge in edges for row in (edge - 1, edge, edge + 1)), *range(tiles - 3, tiles)})
+    known = random_store(len(filled), side, side)
+    store = torch.empty((tiles, side, side, 4), dtype=torch.uint8, device=device)
+    for row, tile in zip(filled, known, strict=True):
+        store[row] = torch.from_numpy(tile).to(device)
+    here = random_crops(np.arange(len(filled)), (side, side), size, count=4 * len(filled))
+    corner = [np.append(values, [0, side - size]) for values in (here.top, here.left)]  # up to the very last pixel
+    here = Crops(np.append(here.rows, [len(filled) - 1] * 2), *corner, np.append(here.flip_vertical, [False, True]),
+                 np.append(here.flip_horizontal, [False, True]), size)
+    there = Crops(np.array(filled)[here.rows], here.top, here.left, here.flip_vertical, here.flip_horizontal, size)
+    assert_batches_equal(there.batches_on(device, store, 16), here.batches(known, 16), device)
+    record("largest store that was gathered from", bytes_needed / 1e9, unit="GB")
+
+
+MARKED, SIDE = 10_000, 32
+
+
+@pytest.fixture
+def marked() -> np.ndarray:
+    """A store of tiles whose every pixel is the tile's number."""
+    return np.repeat(np.arange(MARKED, dtype=np.uint32), SIDE * SIDE).view(np.uint8).reshape(MARKED, SIDE, SIDE, 4)
+
+
+def arrived(batches, count: int, device: torch.device) -> torch.Tensor:
+    """(2, count) least and greatest number in each batch, read by the GPU while it has other work to finish first."""
+    found = torch.full((2, count), -1, dtype=torch.int32, device=device)
+    work = torch.ones(1024, 1024, device=device) if device.type == "cuda" else None
+    for i, batch in enumerate(batches):
+        numbers = batch.view(torch.int32)
+        found[0, i], found[1, i] = numbers.amin(), numbers.amax()
+        if work is not None and i % 10 == 0:
+            for _ in range(4):
+                work = torch.softmax(work @ work, 0)  # copies of the next batches wait behind it
+    return found.cpu()
+
+
+def test_each_of_10000_batches_arrives_with_its_own_pixels(device, marked, record):
+    rows = np.random.default_rng(0).permutation(MARKED)
+    of_four = np.repeat(rows, 4)  # each batch is four crops of one tile
+    zero, upright = np.zeros(len(of_four), int), np.zeros(len(of_four), bool)
+    crops = Crops(of_four, zero, zero, upright, upright, SIDE)
+    found = arrived(crops.batches_on(device, marked, 4), MARKED, device)
+    expected = torch.from_numpy(rows.astype(np.int32)).expand(2, -1)
+    record("page-locked batches that arrived with other pixels, of 10,000", int((found != expected).any(0).sum()),
+           at_most=0)
+
+
+def test_a_page_locked_batch_that_is_filled_again_too_early_would_be_seen(cuda_only, marked, record):
+    """One buffer for all batches, filled again without waiting for its copy: what torch's allocator must prevent."""
+    def batches():
+        buffer = torch.empty((4, SIDE, SIDE, 4), dtype=torch.uint8, pin_memory=True)
+        for number in range(200):
+            buffer.numpy()[:] = marked[number]
+            yield buffer.to(cuda_only, non_blocking=True)
+
+    work = torch.ones(4096, 4096, device=cuda_only)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        work = torch.softmax(work @ work, 0)
+    found = arrived(batches(), 200, cuda_only)
+    wrong = int((found != torch.arange(200, dtype=torch.int32)).any(0).sum())
+    record("the same with one buffer for all, of 200", wrong, at_least=1)
