@@ -57,7 +57,7 @@ def replacing_folder(folder: Path, sources: Sequence[Path] = ()) -> Iterator[Pat
     A hidden list of its files and of the `sources` it was made of goes with it: see `refuse_loss`. The lock file lies
     beside the folder, since a lock inside it would move away with it, and is held until the folder is in its place.
     """
-    folder = folder.resolve()  # of a link, what it leads to
+    named, folder = folder, folder.resolve()  # of a link, what it leads to
     partial, old = (folder.with_name(f".{folder.name}.being-{state}") for state in ("written", "replaced"))
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def replacing_folder(folder: Path, sources: Sequence[Path] = ()) -> Iterator[Pat
         try:
             if old.exists() and not folder.exists():  # an earlier process was stopped between the two renames
                 old.replace(folder)
-            refuse_loss(folder)
+            refuse_loss(named)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
@@ -81,21 +81,22 @@ def replacing_folder(folder: Path, sources: Sequence[Path] = ()) -> Iterator[Pat
 
 
 def _exchange(folder: Path, partial: Path, old: Path) -> None:
-    """Put `partial` in the place of `folder`; where the system refuses, keep both under names that can be seen."""
+    """Put `partial` in the place of `folder`; where the system refuses, the new one gets a name beside it."""
     shutil.rmtree(old, ignore_errors=True)
     try:
         if folder.exists():
             folder.replace(old)
         partial.replace(folder)
     except OSError as error:  # Windows: a file in it is open in another program
-        if old.exists() and not folder.exists():
-            old.replace(folder)
         new = next(name for name in (folder.with_name(f"{folder.name}-new{number or ''}") for number in range(10**6))
                    if not name.exists())
         partial.replace(new)
         raise UserError(f"{folder}: cannot be replaced ({error.strerror}); one of its files may be open in another "
                         f"program. The new results are in {new}") from error
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_loss(folder: Path, reads: Iterable[Path] = (), sources: Sequence[Path] | None = None) -> None:

@@ -70,9 +70,11 @@ def has_bf16(device: torch.device) -> bool:
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a config's `train.precision`: auto = bfloat16 autocast where the hardware has it, else float32.
 
-    Float32 is float32 from here on: cuDNN's TF32, which has 10 bits of mantissa, is switched off.
+    From here on float32 is float32 (cuDNN's TF32, which has 10 bits of mantissa, is switched off), and cuDNN computes
+    the same bits each time.
     """
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     return torch.bfloat16 if name == "bf16" or (name == "auto" and has_bf16(device)) else torch.float32
 
 

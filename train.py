@@ -152,7 +152,6 @@ def warn_of_groups(config: Config, tiles: list[Tile]) -> None:
 def build_learner(config: Config, statistics: Statistics) -> Learner:
     """The network with its first weights, Adam, scheduler and loss of a config."""
     device = choose_device(config.device)
-    torch.backends.cudnn.deterministic = True
     torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
     model = runs.build_model(config).to(device, memory_format=memory_format(device))
     optim = config.optim

@@ -15,8 +15,7 @@ from sklearn.metrics import (
     confusion_matrix,
     f1_score,
     jaccard_score,
-    precision_score,
-    recall_score,
+    precision_recall_fscore_support,
 )
 
 import metrics
@@ -58,11 +57,13 @@ def test_count_scores_equal_scikit_learn(start):
         assert (counts == confusion_matrix(truth, guess, labels=[0, 1, 2])).all()
         assert metrics.pixel_accuracy(counts) == pytest.approx(accuracy_score(truth, guess))
         here = present(target, prediction)
-        for ours, theirs in ((metrics.dice, f1_score), (metrics.iou, jaccard_score),
-                             (metrics.precision, precision_score), (metrics.recall, recall_score)):
+        labels = {"labels": [0, 1, 2], "average": None, "zero_division": 0}
+        precision, recall, f1, _ = precision_recall_fscore_support(truth, guess, **labels)
+        jaccard = jaccard_score(truth, guess, **labels)
+        for ours, expected in ((metrics.dice, f1), (metrics.iou, jaccard), (metrics.precision, precision),
+                               (metrics.recall, recall)):
             scores = ours(counts)
             assert (np.isnan(scores) == ~here).all()
-            expected = theirs(truth, guess, labels=[0, 1, 2], average=None, zero_division=0)
             assert scores[here] == pytest.approx(expected[here], abs=1e-6)
 
 

@@ -53,12 +53,12 @@ def test_theory_equals_structural_autograd_at_every_alignment_by_every_path(leve
     cut = smallest_cut(levels)
     side = cut.size + 2 * block
     for path in range(1, levels + 1):
+        image = torch.ones(1, 1, side, side, dtype=torch.double).requires_grad_()
+        features = [level if i < path else level.detach() for i, level in enumerate(model.encode(image))]
+        logits = model.decode(features)[0, 0]
         for r in range(block):
             place = cut.origin + block + r, cut.origin + block + (r * 7 + 3) % block
-            image = torch.ones(1, 1, side, side, dtype=torch.double).requires_grad_()
-            features = model.encode(image)
-            features = [level if i < path else level.detach() for i, level in enumerate(features)]
-            gradient, = torch.autograd.grad(model.decode(features)[0, 0, place[0], place[1]], image)
+            gradient, = torch.autograd.grad(logits[place], image, retain_graph=True)
             for axis, position in enumerate(place):
                 seen = gradient[0, 0].any(1 - axis).nonzero().flatten()
                 expected = field_theory.receptive_field(levels, position, path)
@@ -447,10 +447,16 @@ def test_a_run_and_its_numbers(trained, command, capsys):
     assert sum(shares) == pytest.approx(1, abs=1e-4) and {row["dead"] for row in paths} == {"False"}
     out = capsys.readouterr().out
     assert "skip of level 1" in out and "wrote" in out and "dead" not in out
-    command(trained, "--pixels", 4, "--precision", "float32")  # replaces nothing of another number
-    assert (folder / "fields.svg").is_file() and (trained / "receptive_field-float32-pixels-4/fields.png").is_file()
     command(trained, "--pixels", 6, "--precision", "float32")  # replaces its own
     assert not (folder / "fields.svg").exists()
+
+
+def test_what_is_measured_otherwise_has_a_folder_of_its_own(trained):
+    entry, _ = entry_of(trained)
+    folders = [receptive_field.destination([entry], *how).name for how in (
+        ("test", 32, "auto"), ("all", 32, "auto"), ("test", 64, "auto"), ("test", 64, "float32"))]
+    assert folders == ["receptive_field", "receptive_field-all", "receptive_field-pixels-64",
+                       "receptive_field-float32-pixels-64"]
 
 
 def test_the_rows_are_of_their_pixels_and_their_logits(trained):

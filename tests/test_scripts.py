@@ -31,7 +31,7 @@ def demo(tmp_path_factory):
     return folder
 
 
-def test_from_tiles_to_scores(demo):
+def test_from_tiles_to_scores(demo, here):
     filtered = script("data_filter.py", "--config", "configs/demo.yaml", cwd=demo)
     assert filtered.returncode == 0, filtered.stderr
     assert "\r" not in filtered.stderr + filtered.stdout  # without a terminal there are plain lines
@@ -40,15 +40,15 @@ def test_from_tiles_to_scores(demo):
     trained = script("train.py", "--config", "configs/demo.yaml", *SMALL, cwd=demo)
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.count("epoch ") == 2 and "next:  python evaluate.py runs/demo" in trained.stdout
-    evaluated = script("evaluate.py", "runs/demo", cwd=demo)
+    evaluated = here("evaluate.py", "runs/demo", cwd=demo)
     assert evaluated.returncode == 0, evaluated.stderr
     scores = json.loads((demo / "runs/demo/evaluation/scores.json").read_text())
     assert scores["tiles"] > 0 and scores["entries"][0]["scores"]["dice"]["tumour"]["value"] is not None
     assert "wrote runs/demo/evaluation" in evaluated.stdout
-    segmented = script("evaluate.py", "runs/demo", "--images", "data/demo/frames", cwd=demo)
+    segmented = here("evaluate.py", "runs/demo", "--images", "data/demo/frames", cwd=demo)
     assert segmented.returncode == 0, segmented.stderr
     assert len(list((demo / "runs/demo/predictions-frames/labels").iterdir())) == 24
-    resumed = script("train.py", "--resume", "runs/demo", "train.epochs=3", cwd=demo)
+    resumed = here("train.py", "--resume", "runs/demo", "train.epochs=3", cwd=demo)
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch 3/3" in resumed.stdout and "epoch 2/3" not in resumed.stdout
 
