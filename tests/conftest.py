@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,24 +95,42 @@ TINY = ["data.group=^(s\\d+)", "data.crop=16", "model.widths=[4,8]", "train.epoc
         "train.images_per_epoch=12", "train.batch_size=4", "train.precision=float32", "device=cpu"]
 
 
-@pytest.fixture
-def tiny(tiles_root):
-    """A config that trains in a second on `tiles_root`, whose list is written."""
+def tiny_config(root: Path):
+    """A config that trains in a second on the tiles in `root`, whose list is written."""
     import config
     import data_filter
     from dataset import TILE_LIST, write_tiles
 
-    settings = config.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={tiles_root}"])
-    write_tiles(tiles_root / TILE_LIST, data_filter.filter_tiles(settings).tiles)
+    settings = config.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={root}"])
+    write_tiles(root / TILE_LIST, data_filter.filter_tiles(settings).tiles)
     return settings
 
 
 @pytest.fixture
-def trained(tmp_path, tiny, monkeypatch) -> Path:
-    """The run folder of `tiny` after one epoch, in the current folder."""
+def tiny(tiles_root):
+    """The config of `tiny_config`, on `tiles_root`."""
+    return tiny_config(tiles_root)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> Path:
+    """A folder with tiles, and the run of `tiny_config` after one epoch."""
     import train
     from config import apply_overrides
 
+    folder = tmp_path_factory.mktemp("trained")
+    write_pairs(folder / "tiles", 12, slides=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.start(apply_overrides(tiny_config(folder / "tiles"), ["train.epochs=1"]))
+    return folder
+
+
+@pytest.fixture
+def trained(tmp_path, trained_once, monkeypatch) -> Path:
+    """The run folder of a copy of `trained_once`, in the current folder."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    settings = tmp_path / "runs/tiny/config.yaml"
+    settings.write_text(settings.read_text().replace(str(trained_once), str(tmp_path)))
     monkeypatch.chdir(tmp_path)
-    train.start(apply_overrides(tiny, ["train.epochs=1"]))
     return tmp_path / "runs/tiny"
