@@ -323,12 +323,11 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         _check(isinstance(value, list | tuple), f"{name} must be a list such as [1, 2]; it is {value!r}")
         return tuple(_convert(typing.get_args(kind)[0], item, name) for item in value)
     if kind is float:
-        try:  # PyYAML reads 5e-4 as a string: YAML 1.1 wants 5.0e-4
-            number = float("nan" if isinstance(value, bool) or "_" in str(value) else value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        _check(number == number and abs(number) != float("inf"), f"{name} must be a number; it is {value!r}")
-        return number
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, str):  # PyYAML reads 5e-4 as a string: YAML 1.1 wants 5.0e-4
+            is_number = re.fullmatch(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", value) is not None
+        _check(is_number and abs(float(value)) < float("inf"), f"{name} must be a number; it is {value!r}")
+        return float(value)
     wanted = {int: "a whole number", str: "text (in YAML put it in quotes)", bool: "true or false"}[kind]
     _check(type(value) is kind, f"{name} must be {wanted}; it is {value!r}")
     return value

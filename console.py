@@ -4,6 +4,7 @@ Progress and errors go to stderr, results to stdout, so that `python evaluate.py
 """
 
 import argparse
+import errno
 import os
 import re
 import shlex
@@ -90,7 +91,7 @@ def command(*words: str) -> str:
 def argument_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
     """The parser of a script, whose help is the script's docstring; `run` looks at --traceback."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     **options)
+                                     allow_abbrev=False, **options)
     parser.add_argument("--traceback", action="store_true", help="on an error show where in the code it arose")
     return parser
 
@@ -107,8 +108,10 @@ def run(main: Callable[[], None]) -> None:
         sys.stderr.close()
         sys.exit(1)
     except (UserError, OSError) as error:
-        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        message = getattr(error, "strerror", None) or error
+        where, message = "", error
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else "printing: " if _output_is_full(error) else ""
+            message = error.strerror or error
         if "--traceback" in sys.argv:
             traceback.print_exception(error)
         print(f"error: {where}{message}", file=sys.stderr)
@@ -119,11 +122,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _flush_output() -> None:
-    """Notice here, not after the end, that a full disk has not taken what was printed."""
-    try:
+    """Notice here, not after the end, what became of what was printed."""
+    if sys.stdout:  # closed, or there is none: pythonw on Windows
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
-        raise UserError(f"what was printed could not be written ({error.strerror})") from error
+
+
+def _output_is_full(error: OSError) -> bool:
+    """Whether it is what we print that cannot be written; Python then fails once more when it ends, unless silenced."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None and bool(sys.stdout)
+    if full:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return full

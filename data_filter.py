@@ -1,7 +1,7 @@
 """Clean a folder of tiles: judge every image-mask pair, split what is kept, write tiles.csv (report, section 3.2).
 
     python data_filter.py --config configs/demo.yaml
-    python data_filter.py --config configs/dice_ce.yaml data.root=data/mine data.group='^(slide\\d+)'
+    python data_filter.py --config configs/dice_ce.yaml data.root=data/mine "data.group=^(slide\\d+)"
 
 A tile is dropped as `sparse` if less than filter.min_foreground of its mask is not background, and as `misregistered`
 if Algorithm 1 finds glass under too much of its annotated tissue. Beyond the report, and off unless a limit is set:
@@ -255,12 +255,12 @@ def main() -> None:
     result = filter_tiles(config, args.workers, before, partial(announce, config=config))
     refuse_corrupt(result.tiles, args.skip_corrupt)
     changes = review.differences(before, text, result.tiles)
-    with locked(root / LOCK, f"{root}: another process writes {TILE_LIST} or packs its tiles", wait=True):
+    with locked(root / LOCK, path, f"{root}: another process writes {TILE_LIST} or packs its tiles", wait=True):
         with replacing_folder(folder) as partial_folder:
             filter_report.write(partial_folder, result, config, changes, path)
             if text != (path.read_bytes() if path.exists() else b""):
-                raise UserError(f"{path}: was edited while the tiles were judged; it and {folder} are left as they "
-                                "are. Run data_filter.py again")
+                raise UserError(f"{path}: was changed while the tiles were judged, by you or another process; it "
+                                f"and {folder} are left as they are. Run data_filter.py again")
         if not result.kept:
             raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then fix "
                             "the masks or relax filter.min_foreground and filter.max_blank")

@@ -452,16 +452,18 @@ def open_store(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> Store
     """
     path = root / STORE
     signature = _signature(root, tiles, greys)
-    header = _read_header(path)
-    if header is None or header["signature"] != signature:
-        with locked(root / LOCK, f"{root}: another process packs {STORE} or writes {TILE_LIST}", wait=True):
+    store = _read_store(path, signature)
+    if store is None:
+        busy = f"{root}: another process packs {STORE} or writes {TILE_LIST}"
+        with locked(root / LOCK, path, busy, wait=True):
             remove_leftovers(root, STORE)
-            header = _read_header(path)  # another process may have packed meanwhile
-            if header is None or header["signature"] != signature:
-                header = _pack(path, root, tiles, greys, signature)
-    shape, sums = tuple(header["shape"]), tuple(header["sums"])
-    return Store(np.memmap(path, np.uint8, mode="r", offset=HEADER_BYTES, shape=shape),
-                 np.fromfile(path, "<i8", offset=HEADER_BYTES + math.prod(shape)).reshape(sums))
+            store = _read_store(path, signature)  # another process may have packed meanwhile
+            if store is None:
+                _pack(path, root, tiles, greys, signature)
+                store = _read_store(path, signature)
+    if store is None:
+        raise UserError(f"{path}: was changed by another program as soon as it was packed; run the command again")
+    return store
 
 
 def _signature(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> str:
@@ -474,17 +476,26 @@ def _signature(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-def _read_header(path: Path) -> dict | None:
+def _read_store(path: Path, signature: str) -> Store | None:
+    """The store, if it is whole, of today's format and of this signature; all from one open file.
+
+    Another process may put a new store in its place at any time, whose pixels must not meet this one's header.
+    """
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(HEADER_BYTES))
-        size = HEADER_BYTES + math.prod(header["shape"]) + 8 * math.prod(header["sums"])
-        return header if header["format"] == STORE_FORMAT and path.stat().st_size == size else None
+            shape, sums = tuple(header["shape"]), tuple(header["sums"])
+            size = HEADER_BYTES + math.prod(shape) + 8 * math.prod(sums)
+            if (header["format"], header["signature"], file.seek(0, 2)) != (STORE_FORMAT, signature, size):
+                return None
+            file.seek(HEADER_BYTES + math.prod(shape))
+            totals = np.frombuffer(file.read(), "<i8").reshape(sums)
+            return Store(np.memmap(file, np.uint8, mode="r", offset=HEADER_BYTES, shape=shape), totals)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def _pack(path: Path, root: Path, tiles: Sequence[Tile], greys: Sequence[int], signature: str) -> dict:
+def _pack(path: Path, root: Path, tiles: Sequence[Tile], greys: Sequence[int], signature: str) -> None:
     height, width = picture_size(root / tiles[0].image)
     sums = np.empty((len(tiles), 6 + len(greys)), "<i8")
     header = {"format": STORE_FORMAT, "shape": [len(tiles), height, width, 4], "sums": sums.shape,
@@ -501,7 +512,6 @@ def _pack(path: Path, root: Path, tiles: Sequence[Tile], greys: Sequence[int], s
                 sums[i] = sums_of(image, mask, len(greys))
                 progress.advance()
         file.write(sums.tobytes())
-    return header
 
 
 def sums_of(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:

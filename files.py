@@ -17,6 +17,8 @@ LOCK = ".lock"  # in a folder that stays where it is: a run, the tiles
 MANIFEST = ".written.json"
 NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network file systems without locks answer
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 SECONDS_BETWEEN_TRIES = 0.2
 
 
@@ -32,8 +34,10 @@ def writing(path: Path) -> Iterator[None]:
     except BrokenPipeError:  # of the terminal, not of the file
         raise
     except OSError as error:
-        raise WriteError(f"{path}: cannot be written ({error.strerror or error}); what was there before is kept. Free "
-                         "some space, allow writing there, or choose another place") from error
+        advice = ("free some space" if error.errno in FULL else "allow writing there, or choose another place"
+                  if error.errno in FORBIDDEN else "look at this place")
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error}); {advice}. What was there before is "
+                         "kept") from error
 
 
 @contextmanager
@@ -59,10 +63,10 @@ def replacing_folder(folder: Path, sources: Sequence[Path] = ()) -> Iterator[Pat
     """
     named, folder = folder, folder.resolve()  # of a link, what it leads to
     partial, old = (folder.with_name(f".{folder.name}.being-{state}") for state in ("written", "replaced"))
-    with writing(folder):
+    with writing(named):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with (locked(folder.with_name(f".{folder.name}{LOCK}"), f"{folder} is being written by another process"),
-          writing(folder)):
+    lock = folder.with_name(f".{folder.name}{LOCK}")
+    with locked(lock, named, f"{named} is being written by another process"), writing(named):
         try:
             if old.exists() and not folder.exists():  # an earlier process was stopped between the two renames
                 old.replace(folder)
@@ -75,7 +79,7 @@ def replacing_folder(folder: Path, sources: Sequence[Path] = ()) -> Iterator[Pat
             (partial / MANIFEST).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
             _exchange(folder, partial, old)
         except WriteError as error:  # of a file in it
-            raise WriteError(str(error).replace(str(partial), str(folder))) from error
+            raise WriteError(str(error).replace(str(partial), str(named))) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -162,13 +166,14 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, what: Path, busy: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it however the process ends. The file itself stays.
 
-    While another process holds it: wait, having said so, or raise a `UserError`. `busy` says what the other one does.
+    While another process holds it: wait, having said so, or raise a `UserError`. `busy` says what the other one does,
+    and `what` is the file or folder that is to be written, which an error names.
     """
     lock = FileLock(path)
-    with writing(path):
+    with writing(what):
         try:
             _acquire(lock, busy, wait)
         except OSError as error:

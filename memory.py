@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from console import UserError
 
-TOO_LITTLE = ("can't allocate memory", "not enough memory", "out of memory")  # Linux; Windows; CUDA, MPS, page-locked
+TOO_LITTLE = ("can't allocate memory", "not enough memory", "out of memory",  # Linux; Windows; CUDA, MPS, page-locked
+              "alloc_failed", "allocation_failed", "invalid buffer size")  # cuDNN and cuBLAS; MPS
 GLIBC_TRIM_THRESHOLD, GLIBC_MMAP_MAX = -1, -4  # malloc.h: bytes free at the top before they are returned; large blocks
 NEVER = -1
 
@@ -31,7 +32,7 @@ def enough_memory(advice: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         # torch says it in another way for each device, and not always by an exception of its own
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in TOO_LITTLE):
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in TOO_LITTLE):
             raise
         what = str(error).splitlines()[0] if str(error) else "no more could be had"
         raise UserError(f"the memory is too small ({what}): {advice}") from None

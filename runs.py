@@ -119,7 +119,7 @@ def holding(folder: Path) -> Iterator[None]:
 
     refuse_missing()
     try:
-        with locked(folder / LOCK, f"{folder} is being trained by another process"):
+        with locked(folder / LOCK, folder, f"{folder} is being trained by another process"):
             refuse_missing()  # now for certain
             for part in (folder, folder / "checkpoints", folder / "figures"):
                 remove_leftovers(part)

@@ -320,11 +320,10 @@ def start(config: Config) -> None:
 
 def restore(learner: Learner, checkpoint: runs.Checkpoint) -> None:
     """Put the checkpoint's state into a new learner; how Adam computes belongs to the device, not to the state."""
-    fused = [group["fused"] for group in learner.optimizer.param_groups]
     runs.load_weights(learner.model, checkpoint)
-    learner.optimizer.load_state_dict(checkpoint.optimizer)
-    for group, here in zip(learner.optimizer.param_groups, fused, strict=True):
-        group["fused"] = here
+    groups = [saved | {"fused": here["fused"]} for saved, here in
+              zip(checkpoint.optimizer["param_groups"], learner.optimizer.param_groups, strict=True)]
+    learner.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
     learner.scheduler.load_state_dict(checkpoint.scheduler)
 
 

@@ -124,7 +124,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
 
 
 @pytest.mark.parametrize("override", ["seed=010", "train.batch_size=1:30", "train.epochs=1_0", "seed=0x10",
-                                      "train.folds=0b11", "model.widths=[4,010]", "optim.lr=1_0.5", "optim.lr=1:30.5"])
+                                      "train.folds=0b11", "model.widths=[4,010]", "optim.lr=1_0.5", "optim.lr=1:30.5",
+                                      "optim.lr=010", "optim.lr=\u0661", "optim.lr=.inf", "optim.lr=true"])
 def test_numbers_that_yaml_1_1_reads_otherwise_are_refused(override, tmp_path):
     with pytest.raises(UserError, match="must be a"):
         apply_overrides(Config(), [override])

@@ -84,7 +84,22 @@ def test_output_that_cannot_be_written_is_an_error():
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, REPOSITORY / "receptive_field.py", "--theory"], stdout=full,
                               stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr == "error: printing: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs a POSIX shell")
+def test_without_an_output_work_is_done_all_the_same(tmp_path):
+    done = subprocess.run(f"{sys.executable} {REPOSITORY / 'receptive_field.py'} --theory >&-", shell=True,
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_options_are_not_abbreviated(monkeypatch, capsys):
+    """Or --trace would be taken for --traceback and do nothing."""
+    monkeypatch.setattr(sys, "argv", ["script.py", "--trace"])
+    with pytest.raises(SystemExit):
+        argument_parser("docs").parse_args()
+    assert "unrecognized arguments: --trace" in capsys.readouterr().err
 
 
 def test_commands_can_be_pasted_into_the_shell_at_hand(monkeypatch):

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -221,20 +220,36 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells start background jobs, these tests perhaps, with it ignored
 
 
+HELD = """
+import sys, time
+import console, data_filter
+
+class Progress(console.Progress):
+    def advance(self, *args):
+        super().advance(*args)
+        if self.title == WHEN and self.done == 3:
+            print("held", flush=True)
+            time.sleep(10**6)
+
+if __name__ == "__main__":
+    WHEN = sys.argv.pop(1)
+    data_filter.Progress = data_filter.filter_report.Progress = Progress
+    console.run(data_filter.main)
+"""
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("when", ["judging", "drawing"])
+@pytest.mark.parametrize("when", ["judge images", "draw sheets"])
 def test_interrupted_the_old_list_stays_whole(tmp_path, here, how, when):
-    write_pairs(tmp_path / "tiles", 30, size=(200, 200))
+    write_pairs(tmp_path / "tiles", 12)
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
     (tmp_path / "tiles/tiles.csv").write_text("key,image,mask,split\n0,frames/frame#0.png,masks/mask#0.png,test\n")
+    (tmp_path / "held.py").write_text(HELD)
     before = (tmp_path / "tiles/tiles.csv").read_bytes()
-    process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "x.yaml", "--workers", "2"],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, preexec_fn=heed_interrupts)
-    process.stdout.readline()  # preflight: the images come next
-    while when == "drawing" and not (tmp_path / "tiles/.filter.being-written").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
+    process = subprocess.Popen([sys.executable, "held.py", when, "--config", "x.yaml", "--workers", "2"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=heed_interrupts, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    assert "held\n" in iter(process.stdout.readline, "")
     os.killpg(process.pid, how)
     _, message = process.communicate()
     assert process.returncode == (130 if how == signal.SIGINT else -9) and "Traceback" not in message
@@ -243,22 +258,22 @@ def test_interrupted_the_old_list_stays_whole(tmp_path, here, how, when):
     assert not list((tmp_path / "tiles").glob(".*.being-*")) and not list((tmp_path / "tiles").glob(".*.tmp"))
 
 
-def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path, here):
-    write_pairs(tmp_path / "tiles", 30, size=(200, 200))
+def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path, here, monkeypatch):
+    """At the last moment: when all pictures are drawn."""
+    write_pairs(tmp_path / "tiles", 12)
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
-    path = tmp_path / "tiles/tiles.csv"
+    path, write = tmp_path / "tiles/tiles.csv", data_filter.filter_report.write
     assert here("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
     pictures = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "tiles/filter").iterdir()}
-    process = subprocess.Popen([sys.executable, REPOSITORY / "data_filter.py", "--config", "x.yaml"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "tiles/.filter.being-written").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    edit(path, **{"3": "excluded"})
-    edited = path.read_bytes()
-    _, message = process.communicate()
-    assert process.returncode == 2 and "was edited while the tiles were judged" in message
-    assert path.read_bytes() == edited
+
+    def edited(*args):
+        write(*args)
+        edit(path, **{"3": "excluded"})
+
+    monkeypatch.setattr(data_filter.filter_report, "write", edited)
+    out = here("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
+    assert out.returncode == 2 and "was changed while the tiles were judged" in out.stderr
+    assert next(tile.split for tile in read_tiles(path.parent) if tile.key == "3") == "excluded"
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "tiles/filter").iterdir()} == pictures
 
 

@@ -369,6 +369,19 @@ def test_other_greys_make_the_store_stale(tmp_path):
     assert (after == 2 - before).all()
 
 
+def test_a_store_that_another_process_replaces_right_now_is_read_from_one_file(tmp_path, monkeypatch):
+    _, tiles = listed(tmp_path)
+    expected, memmap = open_store(tmp_path, tiles, [26, 51, 77]).pixels[..., 3].copy(), np.memmap
+
+    def other_greys_first(*args, **options):
+        monkeypatch.setattr(np, "memmap", memmap)
+        open_store(tmp_path, tiles, [77, 51, 26])
+        return memmap(*args, **options)
+
+    monkeypatch.setattr(np, "memmap", other_greys_first)
+    assert (open_store(tmp_path, tiles, [26, 51, 77]).pixels[..., 3] == expected).all()
+
+
 def test_leftovers_of_a_killed_packing_are_removed(tmp_path):
     _, tiles = listed(tmp_path)
     leftover = tmp_path / ".tiles.u8.123.tmp"

@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,29 +88,39 @@ WAIT = """
 from pathlib import Path
 from files import locked
 
-with locked(Path("x.lock"), "tiles: another process packs", wait=True):
+with locked(Path("x.lock"), Path("x"), "tiles: another process packs", wait=True):
     print("mine", flush=True)
 """
 
 
 def test_a_process_that_waits_says_for_what_and_goes_on_afterwards(tmp_path):
-    with locked(tmp_path / "x.lock", "busy"):
-        process = subprocess.Popen([sys.executable, "-c", WAIT], cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY)},
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with locked(tmp_path / "x.lock", tmp_path / "x", "busy"):
+        process = subprocess.Popen([sys.executable, "-c", WAIT], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
         assert process.stderr.readline() == "tiles: another process packs; waiting until it has ended\n"
         assert process.poll() is None
     assert process.communicate()[0] == "mine\n" and process.returncode == 0
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
-def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys, error):
-    def acquire(*args, **kwargs):
-        raise error
+@pytest.mark.skipif(os.name == "nt", reason="network file systems of other systems")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys, number):
+    import fcntl
 
-    monkeypatch.setattr(files.FileLock, "acquire", acquire)
-    with locked(tmp_path / "x.lock", "busy"):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "x.lock", tmp_path / "x", "busy"):
         pass
     assert "has no locks; make sure that only one process writes there" in capsys.readouterr().err
+
+
+def test_a_lock_that_cannot_be_made_names_what_it_is_for(tmp_path):
+    (tmp_path / "file").touch()
+    with (pytest.raises(WriteError, match="tiles.u8: cannot be written"),
+          locked(tmp_path / "file/.lock", tmp_path / "tiles.u8", "busy")):
+        pytest.fail("there is no such folder")
 
 
 # ---------------------------------------------------------------------------------------------- what the system refuses
@@ -140,7 +151,7 @@ def test_what_cannot_be_written_is_named_and_the_old_file_stays(tmp_path):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with (pytest.raises(WriteError, match=r"x: cannot be written \(No space left on device\); what was there before"),
+    with (pytest.raises(WriteError, match=r"x: cannot be written \(No space left on device\); free some space"),
           replacing(path) as temporary):
         temporary.write_text("half")
         full()

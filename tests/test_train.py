@@ -508,6 +508,8 @@ def test_a_store_on_the_device_changes_no_bit(workplace, tiny):
     torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),  # page-locked memory
     RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB, other allocations: 1.1 GB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("Invalid buffer size: 12.00 GiB"),  # MPS
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to")])
 def test_too_little_memory_ends_with_three_settings_and_changes_none(workplace, tiny, monkeypatch, error):
