@@ -188,6 +188,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:  # zipfile, pickle and torch raise nearly anything on a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable checkpoint ({reason}); restore the file") from None
+    written = str(contents.get("format")) if isinstance(contents, dict) else ""
+    if written != FORMAT and written.startswith(FORMAT.rstrip("0123456789")):
+        raise UserError(f"{path}: written by another version of this repository (it is a '{written}', expected is a "
+                        f"'{FORMAT}'); use the version that wrote it, or train anew")
     if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= KEYS:
         raise UserError(f"{path}: not a checkpoint of this repository (expected format '{FORMAT}')")
     values = {key: value for key, value in contents.items() if key in KEYS - {"format"}}

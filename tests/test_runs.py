@@ -67,6 +67,13 @@ def test_another_programs_checkpoint_is_refused(tmp_path):
         runs.load_checkpoint(tmp_path / "theirs.pt")
 
 
+def test_a_checkpoint_of_an_older_version_is_said_to_be_one(checkpoint):
+    contents = torch.load(checkpoint[0], weights_only=True)
+    torch.save(contents | {"format": "crc-unet checkpoint 1"}, checkpoint[0])
+    with pytest.raises(UserError, match="written by another version of this repository"):
+        runs.load_checkpoint(checkpoint[0])
+
+
 def test_weights_that_do_not_fit_name_both_sides(checkpoint):
     loaded = runs.load_checkpoint(checkpoint[0])
     other = runs.build_model(apply_overrides(CONFIG, ["model.widths=[2, 8]"]))
