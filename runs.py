@@ -168,8 +168,8 @@ def save_checkpoint(path: Path, *, config: Config, statistics: Statistics, histo
     contents = io.BytesIO()  # torch.save into a file says of a full disk what nobody understands
     torch.save({"format": FORMAT, "config": to_dict(config), "statistics": asdict(statistics),
                 "history": list(history), "tiles": tiles, **states}, contents)
-    with replacing(path) as temporary, contents.getbuffer() as whole:
-        temporary.write_bytes(whole)
+    with replacing(path) as temporary, contents.getbuffer() as whole, temporary.open("wb") as file:
+        file.write(whole)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
