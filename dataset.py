@@ -252,15 +252,13 @@ def files_by_key(root: Path, pattern: str) -> dict[str, str]:
     """What a pattern such as frames/frame#{key}.png names: the path below `root` of each key."""
     found = [("", "")]  # (path below root, key), one part of the pattern further each time
     for part in composed(pattern).split("/"):
-        before, here, after = part.partition("{key}")
+        form = re.compile(re.escape(part).replace(re.escape("{key}"), "(.+)"), re.DOTALL)
         longer = []
         for path, key in found:
             for name in _names(root / path, part):
-                plain = composed(name)
-                fits = plain.startswith(before) and plain.endswith(after) and len(plain) > len(before + after)
-                if fits if here else plain == part:
-                    longer.append((f"{path}/{name}" if path else name, plain[len(before):len(plain) - len(after)]
-                                   if here else key))
+                match = form.fullmatch(composed(name))
+                if match:
+                    longer.append((f"{path}/{name}" if path else name, match[1] if form.groups else key))
         found = longer
     by_key: dict[str, str] = {}
     for path, key in found:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -143,43 +144,63 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
     folder = Path(pattern.partition("{key}")[0] + "x").parent if "{key}" in pattern else Path(pattern)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of label images; give a folder, or a pattern with {{key}} in it")
-    by_stem: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()) if "{key}" not in pattern else ():
-        if path.suffix.lower() in LABEL_SUFFIXES:
-            by_stem.setdefault(composed(path.stem), []).append(path)
-    labels, root, by_key = {}, Path(config.data.root), {}
-    if "{key}" in pattern:
-        anchor = Path(Path(pattern).anchor)
-        by_key = files_by_key(anchor, Path(pattern).relative_to(anchor).as_posix())
-    if "{key}" not in pattern and not by_stem:
-        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")[:5])
-        raise UserError(f"{folder}: no label images in it ({', '.join(LABEL_SUFFIXES)})"
-                        + (f"; did you mean one of its folders {inside}?" if inside else ""))
+    labels = _labels_by_pattern(pattern, tiles) if "{key}" in pattern else _labels_in(folder, tiles)
     for tile in tiles:
-        names = dict.fromkeys(composed(name) for name in (Path(tile.mask).stem, Path(tile.image).stem, tile.key))
-        found = [path for name in names for path in by_stem.get(name, ())]
-        if "{key}" in pattern:
-            found = [anchor / by_key.get(tile.key, Path(pattern.replace("{key}", tile.key)).relative_to(anchor))]
-        if len(found) > 1:
-            raise UserError(f"{folder}: both {found[0].name} and {found[1].name} may be the labels of tile "
-                            f"'{tile.key}'; keep one, or give a pattern with {{key}} in it")
-        if not found or not found[0].is_file():
-            expected = found[0] if found else f"{folder}/{' or '.join(f'{name}.png' for name in names)}"
-            raise UserError(f"{expected}: no label image for tile '{tile.key}'; every tile that is scored needs one")
-        labels[tile.key] = found[0]
-        size, expected = picture_size(found[0]), picture_size(root / tile.mask)
-        if size != expected:
-            raise UserError(f"{found[0]}: {size[0]} x {size[1]} pixels (height x width), but the mask of tile "
-                            f"'{tile.key}' has {expected[0]} x {expected[1]}; they must agree")
-        strange = np.setdiff1d(read_greys(found[0]), config.data.greys)
-        if strange.size:
-            wanted = ", ".join(f"{grey} for {name}" for grey, name in zip(config.data.greys, config.data.classes,
-                                                                          strict=True))
-            raise UserError(f"{found[0]}: holds {', '.join(map(str, strange[:5]))}; label images must hold the greys "
-                            f"of the masks: {wanted}")
+        _refuse_unfit(labels[tile.key], tile, config)
     name = Path(pattern).stem.replace("{key}", "") if "{key}" in pattern else Path(pattern).name
     name = name.strip("-_#. ") or folder.resolve().name
     return Entry(name, config, Path(pattern), choose_device(config.device), labels=labels)
+
+
+def _labels_by_pattern(pattern: str, tiles: Sequence[Tile]) -> dict[str, Path]:
+    """The label image of each tile's key that a pattern such as other/{key}_labels.png names."""
+    anchor = Path(Path(pattern).anchor)
+    by_key = files_by_key(anchor, Path(pattern).relative_to(anchor).as_posix())
+    for tile in tiles:
+        if tile.key not in by_key:
+            _refuse_missing(pattern.replace("{key}", tile.key), tile)
+    return {tile.key: anchor / by_key[tile.key] for tile in tiles}
+
+
+def _labels_in(folder: Path, tiles: Sequence[Tile]) -> dict[str, Path]:
+    """The label image in a folder of each tile's key."""
+    by_stem: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in LABEL_SUFFIXES:
+            by_stem.setdefault(composed(path.stem), []).append(path)
+    if not by_stem:
+        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")[:5])
+        raise UserError(f"{folder}: no label images in it ({', '.join(LABEL_SUFFIXES)})"
+                        + (f"; did you mean one of its folders {inside}?" if inside else ""))
+    labels = {}
+    for tile in tiles:
+        names = dict.fromkeys(composed(name) for name in (Path(tile.mask).stem, Path(tile.image).stem, tile.key))
+        found = [path for name in names for path in by_stem.get(name, ())]
+        if len(found) > 1:
+            raise UserError(f"{folder}: both {found[0].name} and {found[1].name} may be the labels of tile "
+                            f"'{tile.key}'; keep one, or give a pattern with {{key}} in it")
+        if not found:
+            _refuse_missing(f"{folder}/{' or '.join(f'{name}.png' for name in names)}", tile)
+        labels[tile.key] = found[0]
+    return labels
+
+
+def _refuse_missing(expected: str, tile: Tile) -> NoReturn:
+    raise UserError(f"{expected}: no label image for tile '{tile.key}'; every tile that is scored needs one")
+
+
+def _refuse_unfit(path: Path, tile: Tile, config: Config) -> None:
+    """A `UserError` if a label image has another size than the tile's mask, or other values than masks have."""
+    data = config.data
+    size, expected = picture_size(path), picture_size(Path(data.root) / tile.mask)
+    if size != expected:
+        raise UserError(f"{path}: {size[0]} x {size[1]} pixels (height x width), but the mask of tile '{tile.key}' has "
+                        f"{expected[0]} x {expected[1]}; they must agree")
+    strange = np.setdiff1d(read_greys(path), data.greys)
+    if strange.size:
+        wanted = ", ".join(f"{grey} for {name}" for grey, name in zip(data.greys, data.classes, strict=True))
+        raise UserError(f"{path}: holds {', '.join(map(str, strange[:5]))}; label images must hold the greys of the "
+                        f"masks: {wanted}")
 
 
 def in_file_names(name: str) -> str:

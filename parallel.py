@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from console import UserError
 
 CHUNK = 16  # items that travel to a worker together, at most; fewer where there are few
 AHEAD = 4  # chunks a worker may be ahead of the reader, which bounds the memory
-MOST_WORKERS = 61 if os.name == "nt" else 1024  # Windows waits for no more handles than this
+MOST_WORKERS = 61 if os.name == "nt" else sys.maxsize  # Windows waits for no more handles than this
 CGROUP = Path("/sys/fs/cgroup")
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 

@@ -88,15 +88,16 @@ def create_run(folder: Path, config: Config) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def clear_if_empty(folder: Path) -> None:
-    """Empty the folder of a run that failed before its first checkpoint; `holding` then removes it."""
+def clear_if_empty(folder: Path) -> bool:
+    """Empty the folder of a run that failed before its first checkpoint; `holding` then removes it. Whether it did."""
     if any((folder / "checkpoints").glob("*.pt")):
-        return
+        return False
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != LOCK:  # open in this process, and Windows removes no open file
             path.unlink()
+    return True
 
 
 def record_start(folder: Path, config: Config, device: torch.device, precision: torch.dtype) -> None:

@@ -292,13 +292,10 @@ def resumable(folder: Path) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {go_on}") from None
-    except WriteError as error:
-        if not any((folder / "checkpoints").glob("*.pt")):
-            runs.clear_if_empty(folder)
-            raise
-        raise UserError(f"{error}; then go on with: {go_on}") from error
-    except UserError:
-        runs.clear_if_empty(folder)
+    except UserError as error:
+        cleared = runs.clear_if_empty(folder)
+        if isinstance(error, WriteError) and not cleared:
+            raise UserError(f"{error}; then go on with: {go_on}") from error
         raise
     except torch._dynamo.exc.TorchDynamoException as error:
         runs.clear_if_empty(folder)
