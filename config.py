@@ -239,8 +239,13 @@ def apply_overrides(config: Config, overrides: Iterable[str], allowed: Sequence[
 class _Loader(yaml.SafeLoader):
     """PyYAML without its surprises: a key that stands twice is an error, and 010, 1:30 and 1_0 are no numbers.
 
-    PyYAML keeps the last of duplicate keys without a word, and reads these three as 8, 90 and 10 (YAML 1.1).
+    PyYAML keeps the last of duplicate keys without a word, and reads these three as 8, 90 and 10 (YAML 1.1). Numbers
+    but whole ones stay text here: `_convert` reads them, which knows what a setting is to be.
     """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own)
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -253,13 +258,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-NUMBERS = {"tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)",
-           "tag:yaml.org,2002:float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?"}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-for _tag, _pattern in NUMBERS.items():  # a part of what PyYAML takes for numbers, so what it writes is read as it was
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
 def _read_yaml(path: Path) -> dict:
@@ -324,7 +323,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return tuple(_convert(typing.get_args(kind)[0], item, name) for item in value)
     if kind is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(value, str):  # PyYAML reads 5e-4 as a string: YAML 1.1 wants 5.0e-4
+        if isinstance(value, str):  # as a file or the command line has it
             is_number = re.fullmatch(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", value) is not None
         _check(is_number and abs(float(value)) < float("inf"), f"{name} must be a number; it is {value!r}")
         return float(value)

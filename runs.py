@@ -25,7 +25,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -126,9 +126,10 @@ def holding(folder: Path) -> Iterator[None]:
                 remove_leftovers(part)
             yield
     finally:
-        if {path.name for path in folder.iterdir()} <= {LOCK}:
-            (folder / LOCK).unlink(missing_ok=True)
-            folder.rmdir()
+        with suppress(OSError):  # gone already, or another process has it
+            if {path.name for path in folder.iterdir()} <= {LOCK}:
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def environment(config: Config, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
