@@ -3,7 +3,7 @@
 Each test file loads this by `pytest_plugins`, in a single process (`-n 0`). A conftest.py here would take the place of
 the module `conftest`, and so break all tests that import from tests/conftest.py.
 
-    CRC_GPU_JSON=FILE     write the table there, too
+    CRC_GPU_JSON=FILE     write the table there, too, after every number: an interrupted session keeps what it has
     CRC_GPU_TESTS_ON=cpu  compute on the CPU, in small: to work on these tests where there is no GPU
 """
 
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from console import table
 from hardware import choose_precision
 
 ON_CPU = os.environ.get("CRC_GPU_TESTS_ON") == "cpu"
+FILE = os.environ.get("CRC_GPU_JSON")
 ROWS = pytest.StashKey[list]()
 
 
@@ -102,6 +104,8 @@ class Record:
         bounds = {"at most": at_most, "at least": at_least}
         bound = expected or ", ".join(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)
         self.rows.append({"test": self.test, "name": name, "value": value, "unit": unit, "bound": bound})
+        if FILE:
+            write_rows(self.rows, {})
         holds = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)  # NaN does not
         if not holds:
             pytest.fail(f"{name}: {value:.6g} {unit}, expected {bound}", pytrace=False)
@@ -112,6 +116,7 @@ def record(request) -> Record:
     return Record(request.config.stash.setdefault(ROWS, []), request.node.name)
 
 
+@cache
 def environment() -> dict[str, str]:
     """What the numbers depend on."""
     facts = {"device": f"the CPU of this machine ({platform.machine()})", "torch": torch.__version__,
@@ -144,12 +149,15 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     terminalreporter.write_line("")
     cells = [[row["name"], shown(row["value"]), row["unit"], row["bound"]] for row in rows]
     terminalreporter.write_line(table(["what", "measured", "unit", "bound"], cells))
-    path = os.environ.get("CRC_GPU_JSON")
-    if path:
-        outcomes = {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in
-                    ("passed", "failed", "error", "skipped", "xfailed")}
-        rows = [row | {"value": None if isinstance(row["value"], float) and not math.isfinite(row["value"])
-                       else row["value"]} for row in rows]
-        Path(path).write_text(json.dumps({"environment": facts, "outcomes": outcomes, "measured": rows}, indent=2)
-                              + "\n", encoding="utf-8")
-        terminalreporter.write_line(f"\nwrote {path}")
+    if FILE:
+        write_rows(rows, {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in
+                          ("passed", "failed", "error", "skipped", "xfailed")})
+        terminalreporter.write_line(f"\nwrote {FILE}")
+
+
+def write_rows(rows: list[dict], outcomes: dict[str, int]) -> None:
+    """The numbers so far; `outcomes` are counts of tests, once they are known."""
+    finite = [row | {"value": None if isinstance(row["value"], float) and not math.isfinite(row["value"])
+                     else row["value"]} for row in rows]
+    facts = {"environment": environment(), "outcomes": outcomes, "measured": finite}
+    Path(FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
