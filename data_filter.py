@@ -7,7 +7,7 @@ A tile is dropped as `sparse` if less than filter.min_foreground of its mask is 
 if Algorithm 1 finds glass under too much of its annotated tissue. Beyond the report, and off unless a limit is set:
 `unmarked` (filter.max_unmarked: the mask calls tissue background), `shifted` (filter.max_shift: the mask lies off by so
 many pixels), `duplicate` (filter.drop_duplicates: an image seen before). Every tile stays in tiles.csv with its
-measurements (audit.py). A look at DATA/filter/ shows what was kept and dropped, in numbers and pictures.
+measurements (filtering/audit.py). A look at DATA/filter/ shows what was kept and dropped, in numbers and pictures.
 
 To overrule a verdict, edit the column `split` of tiles.csv: train and test keep a tile, `excluded` drops it. Run again,
 the filter keeps every verdict that was set by hand.
@@ -23,11 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-import audit
-import filter_report
-import review
-from config import Config, Filter, load_config
-from console import Progress, UserError, argument_parser, command, run, warn
+from common.config import Config, Filter, load_config
+from common.console import Progress, UserError, argument_parser, command, run, warn
+from common.files import LOCK, locked, names, refuse_loss, replacing_folder
+from common.workers import Map, cores, spread
 from dataset import (
     SPLITS,
     TILE_LIST,
@@ -42,9 +41,8 @@ from dataset import (
     split_by_group,
     write_tiles,
 )
-from files import LOCK, locked, names, refuse_loss, replacing_folder
-from filter_report import Filtered
-from parallel import Map, cores, spread
+from filtering import audit, manual_edits, report
+from filtering.report import Filtered
 
 TILES_A_PROCESS = 64  # fewer are judged sooner than another process starts
 
@@ -102,7 +100,7 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
                 tiles[i], digests[i] = tile, digest
                 progress.advance()
     tiles, copies = mark_copies(tiles, digests, config.filter.drop_duplicates)
-    tiles = review.honour(propose_split(tiles, data.test_fraction, config.seed), before)
+    tiles = manual_edits.honour(propose_split(tiles, data.test_fraction, config.seed), before)
     surveyed.pixels[[tile.proposed == "corrupt" for tile in tiles]] = 0
     return replace(surveyed, tiles=tiles, copies=copies)
 
@@ -204,7 +202,7 @@ def refuse_corrupt(tiles: Sequence[Tile], skip: bool) -> None:
 
 def announce(surveyed: Filtered, config: Config) -> None:
     """Preflight: what lies in the folder, before the images are judged."""
-    print(filter_report.preflight(surveyed, config), flush=True)
+    print(report.preflight(surveyed, config), flush=True)
     if groups_are_missing(surveyed.tiles):
         reason = "finds another group in every key" if config.data.group else "is not set"
         warn(f"data.group {reason}, so tiles are split one by one: tiles of one slide or patient can fall into both "
@@ -244,20 +242,20 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     root = Path(config.data.root)
-    path, folder = root / TILE_LIST, root / filter_report.FOLDER
+    path, folder = root / TILE_LIST, root / report.FOLDER
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers must be at least 1; it is {args.workers}")
     if root.is_dir() and not os.access(root, os.W_OK):
         raise UserError(f"{root}: cannot be written to, but {TILE_LIST} is to stand there; allow it or copy the tiles")
     refuse_loss(folder)
     text = path.read_bytes() if path.exists() else b""
-    before = review.read_before(path)
+    before = manual_edits.read_before(path)
     result = filter_tiles(config, args.workers, before, partial(announce, config=config))
     refuse_corrupt(result.tiles, args.skip_corrupt)
-    changes = review.differences(before, text, result.tiles)
+    changes = manual_edits.differences(before, text, result.tiles)
     with locked(root / LOCK, path, f"{root}: another process writes {TILE_LIST} or packs its tiles", wait=True):
         with replacing_folder(folder) as partial_folder:
-            filter_report.write(partial_folder, result, config, changes, path)
+            report.write(partial_folder, result, config, changes, path)
             if text != (path.read_bytes() if path.exists() else b""):
                 raise UserError(f"{path}: was changed while the tiles were judged, by you or another process; it "
                                 f"and {folder} are left as they are. Run data_filter.py again")
@@ -265,7 +263,7 @@ def main() -> None:
             raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then fix "
                             "the masks or relax filter.min_foreground and filter.max_blank")
         write_tiles(path, result.tiles)
-    print(*filter_report.copies(result), *changes, "", filter_report.verdicts(result, config.data.classes), sep="\n")
+    print(*report.copies(result), *changes, "", report.verdicts(result, config.data.classes), sep="\n")
     warn_of(result, config)
     print(f"\nwrote {path}, and {folder} to look at: {names(folder)}\n"
           f"next:  {command('python', 'train.py', '--config', args.config, *args.overrides)}")

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from console import Progress, UserError
-from files import LOCK, locked, remove_leftovers, replacing
+from common.console import Progress, UserError
+from common.files import LOCK, locked, remove_leftovers, replacing
 
 if TYPE_CHECKING:  # the filter and its worker processes need no torch, whose import takes seconds
     import torch
@@ -179,7 +179,7 @@ def read_pair(root: Path, tile: "Tile", greys: Sequence[int]) -> tuple[np.ndarra
 
 @dataclass(frozen=True)
 class Tile:
-    """A row of tiles.csv: a pair, what the filter measured (audit.py), its verdict. Paths are below data.root."""
+    """A row of tiles.csv: a pair, what the filter measured, its verdict. Paths are below data.root."""
 
     key: str
     image: str
@@ -549,7 +549,7 @@ def measure(sums: np.ndarray) -> Statistics:
 
 def normalise(pixels: "Tensor", statistics: Statistics) -> "Tensor":
     """Images (B, H, W, 3) uint8 to the network's input (B, 3, H, W) in the device's memory layout (section 5.1.1)."""
-    from hardware import memory_format
+    from common.devices import memory_format
 
     shares = pixels / 255
     mean, std = _constants(*map(tuple, (statistics.mean, statistics.std)), shares.dtype, shares.device)

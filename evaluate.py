@@ -8,8 +8,8 @@
 
 Tiles are mirrored up to the size that the network takes and cropped back, and computed in bfloat16 where the hardware
 has it; --precision float32 is the exact mode (docs/performance.md compares). Scores, tables, pictures and a page to
-look at (evaluation_report.py lists them) go to RUN/evaluation, those of several runs to runs/comparison-A-B-C. --images
-needs no masks: label images, overlays and the areas of the classes go to RUN/predictions-FOLDER (prediction.py).
+look at (evaluation/report.py lists them) go to RUN/evaluation, those of several runs to runs/comparison-A-B-C. --images
+needs no masks: label images, overlays and the areas of the classes go to RUN/predictions-FOLDER.
 """
 
 import argparse
@@ -22,18 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-import evaluation_page
-import evaluation_report
-import metrics
-import prediction
-from config import load_config
-from console import Progress, UserError, argument_parser, run
-from entries import MAY_CHANGE, Entry, Questions, ask, distinct, given, in_file_names, listed, trained
-from evaluation_report import Evaluation
-from files import names, refuse_loss, replacing_folder
+from common.config import load_config
+from common.console import Progress, UserError, argument_parser, run
+from common.files import names, refuse_loss, replacing_folder
+from common.memory import enough_memory, reuse_memory
+from common.workers import cores
+from evaluation import metrics, page, report, unlabelled
+from evaluation.entries import MAY_CHANGE, Entry, Questions, ask, distinct, given, in_file_names, listed, trained
+from evaluation.report import Evaluation
 from losses import soft_dice
-from memory import enough_memory, reuse_memory
-from parallel import cores
 
 PIXELS_AT_ONCE = 1024 * 1024  # a batch of four 512 x 512 tiles
 TOLERANCE = 3.0  # pixels
@@ -82,15 +79,15 @@ def score(entry: Entry, questions: Questions, tolerance: float, folder: Path) ->
 def evaluate(entries: Sequence[Entry], questions: Questions, out: Path, tolerance: float = TOLERANCE,
              keys: Sequence[str] = (), pictures: int = PICTURES) -> dict:
     """Score every entry, replace the folder `out`, return the contents of scores.json."""
-    evaluation_report.refuse_unknown_keys(questions, keys)
+    report.refuse_unknown_keys(questions, keys)
     with replacing_folder(out, sources_of(entries)) as partial:
         many = len(questions.tiles) >= MANY
         scored = [score(entry.for_many() if many else entry, questions, tolerance,
                         partial / "predictions" / in_file_names(entry.name)) for entry in entries]
         evaluation = Evaluation(questions, list(entries), [tally for tally, _ in scored],
                                 [paths for _, paths in scored], tolerance)
-        contents = evaluation_report.write(partial, evaluation, keys, pictures)
-        evaluation_page.write(partial, evaluation, contents)
+        contents = report.write(partial, evaluation, keys, pictures)
+        page.write(partial, evaluation, contents)
     return contents
 
 
@@ -185,12 +182,12 @@ def main() -> None:
     refuse_loss(out, reads, None if args.out else sources)
     with enough_memory(LESS_MEMORY):
         if args.images:
-            images = prediction.find_images(args.images)
-            rows = prediction.predict_folder(entries[0], images, out, sources)
-            print(prediction.summary(rows, entries[0].config.data.classes))
+            images = unlabelled.find_images(args.images)
+            rows = unlabelled.predict_folder(entries[0], images, out, sources)
+            print(unlabelled.summary(rows, entries[0].config.data.classes))
         else:
             contents = evaluate(entries, ask(entries, args.split), out, args.tolerance, args.tiles, args.pictures)
-            print(evaluation_report.summary(contents))
+            print(report.summary(contents))
     print(f"wrote {out}: {names(out)}")
 
 

@@ -6,8 +6,8 @@
     python receptive_field.py --as-published
 
 The first two measure |d logit / d input| by autograd on tiles, on zeros as in the report, on noise and before training
-(field_measurement.py), and write numbers and figures to RUN/receptive_field, those of several runs to
-runs/receptive_field-A-B-C (field_report.py lists them). --theory prints the exact field (field_theory.py).
+(fields/measurement.py), and write numbers and figures to RUN/receptive_field, those of several runs to
+runs/receptive_field-A-B-C (fields/report.py lists them). --theory prints the exact field (common/geometry.py).
 --as-published repeats the report's procedure, which gives 172, 84 and 116 pixels, and says why.
 """
 
@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import field_theory
-from config import Config, Model, load_config
-from console import UserError, argument_parser, run
-from files import names, refuse_loss, replacing_folder
-from memory import enough_memory, reuse_memory
+from common import geometry
+from common.config import Config, Model, load_config
+from common.console import UserError, argument_parser, run
+from common.files import names, refuse_loss, replacing_folder
+from common.memory import enough_memory, reuse_memory
 
 if TYPE_CHECKING:  # --theory answers at once: torch, whose import takes seconds, is imported where it is needed
-    from entries import Entry
-    from field_report import Run
+    from evaluation.entries import Entry
+    from fields.report import Run
 
 PIXELS = 32  # of each class
 REPORTS = {"the report's large network": (32, 64, 128, 256, 512), "the report's small network": (32, 64, 128, 256)}
@@ -50,7 +50,7 @@ def architectures(folders: Sequence[str], config: str | None, overrides: Sequenc
 
 
 def theory(networks: dict[str, Config]) -> str:
-    return "\n\n".join(field_theory.describe(f"{name} (model.widths {list(config.model.widths)})",
+    return "\n\n".join(geometry.describe(f"{name} (model.widths {list(config.model.widths)})",
                                              len(config.model.widths)) for name, config in networks.items())
 
 
@@ -60,36 +60,36 @@ def published(networks: dict[str, Config], entries: Sequence["Entry"]) -> str:
     """The report's procedure on trained models, or on untrained ones of these networks."""
     import torch
 
-    import field_report
-    from runs import build_model
+    from fields import report
+    from training.runs import build_model
 
     models = {f"{entry.name}, epoch {entry.epoch}": entry.model for entry in entries}
     for name, config in networks.items():
         torch.manual_seed(0)
         models[f"{name}, untrained"] = build_model(config)
-    return field_report.published(models)
+    return report.published(models)
 
 
 def measured(entries: Sequence["Entry"], split: str, count: int) -> list["Run"]:
     """Every run on the tiles of its own data root; all that can be refused is refused before anything is computed."""
-    import field_measurement
-    from entries import ask
-    from field_report import Run
+    from evaluation.entries import ask
+    from fields import measurement
+    from fields.report import Run
 
     asked = [ask([entry], split) for entry in entries]
-    drawn = [field_measurement.draw_pixels(entry, questions, count)
+    drawn = [measurement.draw_pixels(entry, questions, count)
              for entry, questions in zip(entries, asked, strict=True)]
     found = []
     for entry, questions, pixels in zip(entries, asked, drawn, strict=True):
-        fields = field_measurement.measure_run(entry, questions, pixels, entry.precision)
-        border = field_measurement.measure_border(entry, questions)
+        fields = measurement.measure_run(entry, questions, pixels, entry.precision)
+        border = measurement.measure_border(entry, questions)
         found.append(Run(entry, questions, fields, border, entry.precision))
     return found
 
 
 def destination(entries: Sequence["Entry"], split: str, pixels: int, precision: str) -> Path:
     """The folder named after what is measured and how."""
-    from entries import in_file_names
+    from evaluation.entries import in_file_names
 
     first = entries[0]
     if len(entries) > 1:
@@ -143,7 +143,7 @@ def main() -> None:
     if not folders and not args.as_published:
         raise UserError("no run given: name at least one run folder, e.g. runs/dice_ce; --theory and --as-published "
                         "need none")
-    from entries import distinct, trained
+    from evaluation.entries import distinct, trained
 
     if args.device:
         overrides.append(f"device={args.device}")
@@ -157,13 +157,13 @@ def main() -> None:
     refuse_loss(out, sources, None if args.out else sources)
     if out.is_dir() and any(out.iterdir()) and not (out / "fields.json").is_file():
         raise UserError(f"{out} would be replaced, but holds results of something else; choose another folder")
-    import field_report
+    from fields import report
 
     with enough_memory("close other programs, take --precision bf16, or measure on the CPU (--device cpu)"):
         found = measured(entries, args.split, args.pixels)
     with replacing_folder(out, sources) as partial:
-        contents = field_report.write(partial, found, args.format)
-    print(field_report.summary(contents))
+        contents = report.write(partial, found, args.format)
+    print(report.summary(contents))
     print(f"wrote {out}: {names(out)}")
 
 

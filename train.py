@@ -23,10 +23,19 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-import figures
-import runs
-from config import Config, apply_overrides, load_config
-from console import Progress, UserError, argument_parser, command, run, warn
+from common import figures
+from common.config import Config, apply_overrides, load_config
+from common.console import Progress, UserError, argument_parser, command, run, warn
+from common.devices import (
+    autocast,
+    choose_device,
+    choose_precision,
+    compile_by_shape,
+    memory_format,
+    peak_memory_mb,
+)
+from common.files import WriteError
+from common.memory import enough_memory, reuse_memory
 from dataset import (
     SPLITS,
     TILE_LIST,
@@ -47,18 +56,9 @@ from dataset import (
     training_crops,
     validation_crops,
 )
-from files import WriteError
-from hardware import (
-    autocast,
-    choose_device,
-    choose_precision,
-    compile_by_shape,
-    memory_format,
-    peak_memory_mb,
-)
 from losses import make_loss
-from memory import enough_memory, reuse_memory
-from snapshot import Snapshot, copy_state, snapshot_of
+from training import runs
+from training.snapshots import Snapshot, copy_state, snapshot_of
 from unet import UNet
 
 RESUME_MAY_CHANGE = ("device", "data.root", "train.epochs", "train.early_stop")

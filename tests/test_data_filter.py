@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import GREYS, REPOSITORY, write_pairs
+from helpers import GREYS, REPOSITORY, write_pairs
 from PIL import Image
 
 import data_filter
-from config import Config, Data, Filter
-from console import UserError
+from common.config import Config, Data, Filter
+from common.console import UserError
+from common.files import names
 from data_filter import filter_tiles, mark_copies
 from dataset import SPLITS, Tile, read_tiles, write_tiles
-from files import names
-from filter_report import copies, nearness, sheets, verdicts
+from filtering.report import copies, nearness, sheets, verdicts
 
 
 def planted(root):
@@ -222,7 +222,8 @@ def heed_interrupts():
 
 HELD = """
 import sys, time
-import console, data_filter
+from common import console
+import data_filter
 
 class Progress(console.Progress):
     def advance(self, *args):
@@ -233,7 +234,7 @@ class Progress(console.Progress):
 
 if __name__ == "__main__":
     WHEN = sys.argv.pop(1)
-    data_filter.Progress = data_filter.filter_report.Progress = Progress
+    data_filter.Progress = data_filter.report.Progress = Progress
     console.run(data_filter.main)
 """
 
@@ -262,7 +263,7 @@ def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path, her
     """At the last moment: when all pictures are drawn."""
     write_pairs(tmp_path / "tiles", 12)
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
-    path, write = tmp_path / "tiles/tiles.csv", data_filter.filter_report.write
+    path, write = tmp_path / "tiles/tiles.csv", data_filter.report.write
     assert here("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
     pictures = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "tiles/filter").iterdir()}
 
@@ -270,7 +271,7 @@ def test_a_list_that_is_edited_while_the_filter_runs_is_left_alone(tmp_path, her
         write(*args)
         edit(path, **{"3": "excluded"})
 
-    monkeypatch.setattr(data_filter.filter_report, "write", edited)
+    monkeypatch.setattr(data_filter.report, "write", edited)
     out = here("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
     assert out.returncode == 2 and "was changed while the tiles were judged" in out.stderr
     assert next(tile.split for tile in read_tiles(path.parent) if tile.key == "3") == "excluded"

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GREYS, write_pairs
+from helpers import GREYS, write_pairs
 from PIL import Image
 
 import dataset
-from console import UserError
+from common.console import UserError
 from dataset import (
     Crops,
     Statistics,

@@ -1,4 +1,4 @@
-"""evaluate.py, entries.py, evaluation_report.py, prediction.py and figures.py."""
+"""evaluate.py, evaluation/entries.py, evaluation/report.py, evaluation/unlabelled.py and common/figures.py."""
 
 import csv
 import dataclasses
@@ -11,19 +11,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import GREYS
+from helpers import GREYS
 from PIL import Image
 from sklearn.metrics import f1_score
 
 import evaluate
-import figures
-import metrics
-import prediction
-import runs
 import train
-from console import UserError
+from common import figures
+from common.console import UserError
+from common.files import names
 from dataset import normalise
-from files import names
+from evaluation import metrics, unlabelled
+from training import runs
 
 
 def test_class_colours_do_not_depend_on_which_classes_a_mask_has():
@@ -203,7 +202,7 @@ def test_a_damaged_history_is_refused_before_any_compute(trained, command):
 def test_an_evaluation_that_fails_leaves_the_one_before(trained, command, monkeypatch):
     command(trained)
     before = (trained / "evaluation/scores.json").stat().st_mtime_ns
-    monkeypatch.setattr(evaluate.evaluation_report, "draw_tiles", lambda *_: 1 / 0)
+    monkeypatch.setattr(evaluate.report, "draw_tiles", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command(trained)
     assert (trained / "evaluation/scores.json").stat().st_mtime_ns == before
@@ -403,7 +402,7 @@ def test_tiles_that_are_not_those_of_the_run_are_said(trained, command, tmp_path
 
 def test_the_tiles_of_the_picture(trained, command, monkeypatch):
     shown = []
-    monkeypatch.setattr(evaluate.evaluation_report.figures, "tiles",
+    monkeypatch.setattr(evaluate.report.figures, "tiles",
                         lambda rows, *rest: shown.append([row[0] for row in rows]) or figures.Figure())
     tumour = another(trained, "tumour", always(2))
     command(trained)
@@ -610,7 +609,7 @@ def test_an_image_larger_than_a_window_has_the_answer_of_the_whole(trained, imag
 
 
 def test_overlays_of_large_images_are_smaller(trained, command, images, monkeypatch):
-    monkeypatch.setattr(prediction, "OVERLAY", 30)
+    monkeypatch.setattr(unlabelled, "OVERLAY", 30)
     command(trained, "--images", images)
     sizes = {path.stem: Image.open(path).size for path in (trained / f"predictions-{images.name}/overlays").iterdir()}
     assert sizes == {"a": (20, 24), "b": (24, 11), "c & <d>": (9, 5)}
@@ -620,7 +619,7 @@ def test_overlays_of_large_images_are_smaller(trained, command, images, monkeypa
 def test_a_broken_image_is_seen_before_anything_is_computed(trained, command, images, monkeypatch):
     whole = (images / "b.jpg").read_bytes()
     (images / "b.jpg").write_bytes(whole[: len(whole) // 2])
-    monkeypatch.setattr(prediction, "predict_folder", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(unlabelled, "predict_folder", lambda *_: pytest.fail("computed"))
     with pytest.raises(UserError, match="b.jpg: not a readable image"):
         command(trained, "--images", images)
     (images / "b.jpg").write_bytes(whole)
@@ -636,7 +635,7 @@ def test_a_broken_image_is_seen_before_anything_is_computed(trained, command, im
 
 def test_images_larger_than_a_tile_may_be_are_taken_and_huge_headers_are_not(trained, command, images, monkeypatch):
     monkeypatch.setattr("dataset.MAX_PIXELS", 100)
-    monkeypatch.setattr(prediction, "MAX_PIXELS", 2000)
+    monkeypatch.setattr(unlabelled, "MAX_PIXELS", 2000)
     with pytest.raises(UserError, match="70 x 33 pixels are more than fit here"):
         command(trained, "--images", images)
 

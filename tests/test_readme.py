@@ -6,14 +6,17 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
-from config import load_config
+from common.config import load_config
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = sorted({line.strip() for block in BLOCKS for line in block.splitlines()
                    if re.match(r"(python|make|pip|ruff|pytest) ", line)} | set(re.findall(r"`(python [^`]+)`", README)))
+
+
+ROOMS = ("common", "filtering", "training", "evaluation", "fields")
 
 
 def test_there_are_commands():
@@ -60,8 +63,9 @@ def test_links_lead_to_files_and_headings():
 
 
 def test_the_layout_names_every_module():
-    for path in REPOSITORY.glob("*.py"):
-        assert f"[{path.name}]({path.name})" in README
+    for path in [*REPOSITORY.glob("*.py"), *(path for room in ROOMS for path in (REPOSITORY / room).glob("[!_]*.py"))]:
+        name = path.relative_to(REPOSITORY).as_posix()
+        assert f"]({name})" in README
 
 
 def test_every_config_is_in_the_table():

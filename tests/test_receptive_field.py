@@ -1,4 +1,4 @@
-"""receptive_field.py, field_theory.py, field_measurement.py and field_report.py."""
+"""receptive_field.py, common/geometry.py, fields/measurement.py and fields/report.py."""
 
 import csv
 import json
@@ -11,17 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
-import entries
-import field_measurement
-import field_report
-import field_theory
 import receptive_field
 import train
-from config import apply_overrides
-from console import Progress, UserError
-from field_theory import multiple, smallest_cut
+from common import geometry
+from common.config import apply_overrides
+from common.console import Progress, UserError
+from common.geometry import multiple, smallest_cut
+from evaluation import entries
+from fields import measurement, report
 from unet import UNet
 
 
@@ -61,23 +60,23 @@ def test_theory_equals_structural_autograd_at_every_alignment_by_every_path(leve
             gradient, = torch.autograd.grad(logits[place], image, retain_graph=True)
             for axis, position in enumerate(place):
                 seen = gradient[0, 0].any(1 - axis).nonzero().flatten()
-                expected = field_theory.receptive_field(levels, position, path)
+                expected = geometry.receptive_field(levels, position, path)
                 assert (seen.min().item(), seen.max().item()) == expected, (path, r, axis)
-                assert len(seen) == field_theory.size(levels, position, path)
+                assert len(seen) == geometry.size(levels, position, path)
 
 
 def test_the_exact_sizes():
-    assert [field_theory.size(5, p) for p in range(16)] == [188 if p in (0, 1, 14, 15) else 204 for p in range(16)]
-    assert [field_theory.size(4, p) for p in range(8)] == [92 if p in (0, 1, 6, 7) else 100 for p in range(8)]
-    assert field_theory.sizes(5, 4) == "124 or 132" and field_theory.path_names(2) == ["skip of level 1", "bottleneck"]
-    assert field_theory.area(5) == 200**2
+    assert [geometry.size(5, p) for p in range(16)] == [188 if p in (0, 1, 14, 15) else 204 for p in range(16)]
+    assert [geometry.size(4, p) for p in range(8)] == [92 if p in (0, 1, 6, 7) else 100 for p in range(8)]
+    assert geometry.sizes(5, 4) == "124 or 132" and geometry.path_names(2) == ["skip of level 1", "bottleneck"]
+    assert geometry.area(5) == 200**2
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_reach_and_alignments_are_those_of_the_fields(levels):
-    fields = {p: field_theory.receptive_field(levels, p) for p in range(multiple(levels))}
-    assert field_theory.reach(levels) == max(max(p - a, b - p) for p, (a, b) in fields.items())
-    listed = {p: (first, last) for members, first, last in field_theory.alignments(levels) for p in members}
+    fields = {p: geometry.receptive_field(levels, p) for p in range(multiple(levels))}
+    assert geometry.reach(levels) == max(max(p - a, b - p) for p, (a, b) in fields.items())
+    listed = {p: (first, last) for members, first, last in geometry.alignments(levels) for p in members}
     assert listed == fields
 
 
@@ -90,13 +89,13 @@ def test_ties_lose_what_a_constant_input_loses(levels):
         image = torch.zeros(1, 3, cut.size, cut.size, dtype=torch.double).requires_grad_()
         gradient, = torch.autograd.grad(model(image)[0, 0, p, p], image)
         seen = gradient[0].any(0).any(0).nonzero().flatten()
-        assert (seen.min().item(), seen.max().item()) == field_theory.receptive_field(levels, p, ties=True)
+        assert (seen.min().item(), seen.max().item()) == geometry.receptive_field(levels, p, ties=True)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 6])
 def test_no_smaller_input_holds_all_fields(levels):
     cut, block = smallest_cut(levels), multiple(levels)
-    fields = [field_theory.receptive_field(levels, cut.origin + r) for r in range(block)]
+    fields = [geometry.receptive_field(levels, cut.origin + r) for r in range(block)]
     first, last = min(a for a, _ in fields), max(b for _, b in fields)
     assert 0 <= first < block and cut.size - block <= last < cut.size and cut.size % block == 0
 
@@ -116,19 +115,19 @@ def test_padded_pixels_are_those_that_padding_changes(levels, height, width):
     inner = ones(far.size, far.size)[far.origin:far.origin + block, far.origin:far.origin + block]
     rows, columns = ((torch.arange(n) + before) % block for n, before in ((height, over), (width, aside)))
     padded = (logits - inner[rows][:, columns]).abs() > 1e-13 * logits.abs()
-    expected = ~np.outer(*(field_theory.unpadded(levels, n) for n in (height, width)))
+    expected = ~np.outer(*(geometry.unpadded(levels, n) for n in (height, width)))
     assert (padded.numpy() == expected).all() and expected.any()
-    assert field_theory.padded_share(levels, height, width) == pytest.approx(expected.mean())
+    assert geometry.padded_share(levels, height, width) == pytest.approx(expected.mean())
     within = [[before <= a and b < before + n for p in range(n)
-               for a, b in [field_theory.receptive_field(levels, p + before)]]
+               for a, b in [geometry.receptive_field(levels, p + before)]]
               for n, before in ((height, over), (width, aside))]
-    assert field_theory.padded_share(levels, height, width, canvas=False) == pytest.approx(1 - np.outer(*within).mean())
+    assert geometry.padded_share(levels, height, width, canvas=False) == pytest.approx(1 - np.outer(*within).mean())
 
 
 def test_the_shares_of_padded_pixels():
-    shares = [round(field_theory.padded_share(5, n, n), 3) for n in (256, 512)]
+    shares = [round(geometry.padded_share(5, n, n), 3) for n in (256, 512)]
     assert shares == [0.929, 0.6]
-    assert field_theory.padded_share(5, 500, 500) < field_theory.padded_share(5, 500, 500, canvas=False)
+    assert geometry.padded_share(5, 500, 500) < geometry.padded_share(5, 500, 500, canvas=False)
 
 
 def test_theory_is_printed_without_torch(tmp_path):
@@ -138,7 +137,7 @@ def test_theory_is_printed_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "6 levels" in done.stdout and "380 or 412" in done.stdout
-    assert {field_theory.size(6, p) for p in range(32)} == {380, 412}
+    assert {geometry.size(6, p) for p in range(32)} == {380, 412}
 
 
 # ---------------------------------------------------------------------------------------------- gradients
@@ -153,8 +152,8 @@ def test_gradients_of_cuts_are_those_of_the_whole_network_on_a_larger_image(widt
     logits = model(image)
     places = torch.tensor([[cut.origin + r, cut.origin + (3 * r + 1) % block] for r in range(block)])
     cuts = image.detach()[:, :, block:block + cut.size, 2 * block:2 * block + cut.size].repeat(block, 1, 1, 1)
-    by_path = list(field_measurement.gradients(model, cuts.clone(), places))
-    whole = list(field_measurement.gradients(model, cuts.clone(), places, by_path=False))
+    by_path = list(measurement.gradients(model, cuts.clone(), places))
+    whole = list(measurement.gradients(model, cuts.clone(), places, by_path=False))
     assert len(by_path) == len(whole) == 3
     for k in range(3):
         assert torch.allclose(by_path[k][0].sum(0), whole[k][0][0], rtol=1e-9, atol=1e-15)
@@ -171,7 +170,7 @@ def test_the_gradient_by_a_path_is_what_cutting_all_others_leaves():
     torch.manual_seed(1)
     image = torch.randn(1, 3, cut.size, cut.size, dtype=torch.double)
     place = torch.tensor([[cut.origin + 1, cut.origin + 2]])
-    got = list(field_measurement.gradients(model, image.clone(), place))
+    got = list(measurement.gradients(model, image.clone(), place))
     for k in range(3):
         for path in range(levels):
             leaf = image.clone().requires_grad_()
@@ -187,23 +186,23 @@ def test_the_gradient_by_a_path_is_what_cutting_all_others_leaves():
 def pixels_of(levels, classes=(0, 1, 1, 0, 1), shares=(0.75, 0.25)):
     cut, random = smallest_cut(levels), np.random.default_rng(0)
     places = cut.origin + random.integers(0, multiple(levels), (len(classes), 2))
-    return field_measurement.Pixels(np.arange(len(classes)), np.zeros((len(classes), 2), int), places,
+    return measurement.Pixels(np.arange(len(classes)), np.zeros((len(classes), 2), int), places,
                                     np.array(classes), np.array(shares))
 
 
 @pytest.mark.parametrize("widths", [(4, 5), (3, 4, 5)])
 def test_maps_and_energies_equal_naive_loops(widths, monkeypatch):
     model, levels = random_model(*widths), len(widths)
-    cut, reach = smallest_cut(levels), field_theory.reach(levels)
-    monkeypatch.setattr(field_measurement, "PIXELS_AT_ONCE", 2 * cut.size**2)
+    cut, reach = smallest_cut(levels), geometry.reach(levels)
+    monkeypatch.setattr(measurement, "PIXELS_AT_ONCE", 2 * cut.size**2)
     torch.manual_seed(2)
     pixels = pixels_of(levels)
     images = torch.randn(len(pixels), 3, cut.size, cut.size, dtype=torch.double)
     with Progress("", len(pixels)) as progress:
-        field = field_measurement.measure(model, lambda a, b: images[a:b].clone(), pixels, True, progress)
+        field = measurement.measure(model, lambda a, b: images[a:b].clone(), pixels, True, progress)
     maps = np.zeros((2, 3, 2 * reach + 1, 2 * reach + 1))
     for i, (y, x) in enumerate(pixels.places):
-        parts = list(field_measurement.gradients(model, images[i:i + 1].clone(), torch.tensor([[y, x]])))
+        parts = list(measurement.gradients(model, images[i:i + 1].clone(), torch.tensor([[y, x]])))
         for k in range(3):
             part = parts[k][0][:, 0].numpy()                                         # (P, C, cut, cut)
             whole, rings = part.sum(0), np.zeros((levels + 1, field.energy.shape[-1]))
@@ -238,38 +237,38 @@ def test_all_pixels_weigh_as_their_class_occurs():
 # ---------------------------------------------------------------------------------------------- numbers
 
 def test_radii_by_counting():
-    random, around = np.random.default_rng(0), field_measurement.rings_around(9)
+    random, around = np.random.default_rng(0), measurement.rings_around(9)
     squares = random.random((19, 19)) ** 8
     energy = np.bincount(around.ravel(), squares.ravel())
     for share in (0.5, 0.9, 0.95):
-        radius = field_report.radii(energy, share)
+        radius = report.radii(energy, share)
         steps = np.arange(-9, 10)
         inside = [squares[np.hypot.outer(steps, steps) <= r + 1e-9].sum() for r in (radius - 0.25, radius)]
         assert inside[0] < share * squares.sum() <= inside[1] * (1 + 1e-12)
-    assert np.isnan(field_report.radii(np.zeros(5), 0.5))
+    assert np.isnan(report.radii(np.zeros(5), 0.5))
 
 
 def test_the_fit_finds_a_gaussian_and_says_how_far_others_are_from_one():
     steps = np.arange(-30, 31)
     distance = np.hypot.outer(steps, steps)
-    height, sigma, error, misfit = field_report.fit_gaussian(7 * np.exp(-distance**2 / (2 * 4.5**2)))
+    height, sigma, error, misfit = report.fit_gaussian(7 * np.exp(-distance**2 / (2 * 4.5**2)))
     assert (height, sigma) == pytest.approx((7, 4.5)) and error < 1e-6 and misfit < 1e-6
     noise = np.random.default_rng(0).normal(0, 0.01, distance.shape)
-    _, sigma, error, misfit = field_report.fit_gaussian(np.exp(-distance**2 / (2 * 4.5**2)) + noise)
+    _, sigma, error, misfit = report.fit_gaussian(np.exp(-distance**2 / (2 * 4.5**2)) + noise)
     assert abs(sigma - 4.5) < 4 * error < 0.1
     spike = np.exp(-distance)
-    _, sigma, _, misfit = field_report.fit_gaussian(spike)
+    _, sigma, _, misfit = report.fit_gaussian(spike)
     best = min(np.linalg.norm(spike - a * np.exp(-distance**2 / (2 * sigma**2))) for a in np.linspace(0.1, 1, 1000))
     assert misfit == pytest.approx(best / np.linalg.norm(spike), rel=1e-4) and misfit > 0.1
-    assert all(map(math.isnan, field_report.fit_gaussian(np.zeros((5, 5)))))
+    assert all(map(math.isnan, report.fit_gaussian(np.zeros((5, 5)))))
     with warnings.catch_warnings(action="error"):
-        assert not field_report.fit_gaussian(np.eye(9)[4] * np.eye(9)[4][:, None])[1] > 0.7  # one pixel: tiny or none
+        assert not report.fit_gaussian(np.eye(9)[4] * np.eye(9)[4][:, None])[1] > 0.7  # one pixel: tiny or none
 
 
 def test_the_extent_is_where_the_map_is_not_zero():
     strength = np.zeros((11, 11))
     strength[2, 6] = strength[5, 9] = 1e-300
-    assert field_report.extent(strength) == (-3, 0, 1, 4) and field_report.extent(np.zeros((3, 3))) is None
+    assert report.extent(strength) == (-3, 0, 1, 4) and report.extent(np.zeros((3, 3))) is None
 
 
 # ---------------------------------------------------------------------------------------------- the report's way
@@ -285,12 +284,12 @@ def test_a_dead_bottleneck_is_found_by_the_reports_procedure():
     torch.manual_seed(0)
     model = UNet((4, 8, 8, 8, 8), dropout=0)
     model.up[-1].weight.data.zero_()
-    text = field_report.published({"dice": model})
+    text = report.published({"dice": model})
     assert "116" in text.splitlines()[1].split()
     assert "117 pixels are not 0, 173 were expected; just what the skip of level 4 gives" in text
     model.up[0].weight.data.zero_()
     model.head.weight.data.zero_()
-    assert field_measurement.as_published(model)[0] == 0
+    assert measurement.as_published(model)[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------- on tiles
@@ -310,7 +309,7 @@ def entry_of(run):
 
 def test_pixels_lie_where_they_should(trained):
     entry, questions = entry_of(trained)
-    pixels = field_measurement.draw_pixels(entry, questions, 12)
+    pixels = measurement.draw_pixels(entry, questions, 12)
     cut, store = smallest_cut(2), questions.store
     assert np.bincount(pixels.classes).tolist() == [12, 12, 12]
     for tile, corner, place, k in zip(pixels.tiles, pixels.corners, pixels.places, pixels.classes, strict=True):
@@ -322,10 +321,10 @@ def test_pixels_lie_where_they_should(trained):
         assert counts.tolist() == [3, 3, 3, 3]
     shares = np.bincount(store[questions.rows][..., 3].ravel()) / store[questions.rows][..., 3].size
     assert np.allclose(pixels.shares, shares)
-    again = field_measurement.draw_pixels(entry, questions, 12)
+    again = measurement.draw_pixels(entry, questions, 12)
     for levels in (1, 3, 5):
         block = 2 ** (levels - 1)
-        drawn = field_measurement._alignments(np.random.default_rng(1), 2 * block**2, levels)
+        drawn = measurement._alignments(np.random.default_rng(1), 2 * block**2, levels)
         assert all(sorted(drawn[i:i + block, axis]) == list(range(block)) for i in range(0, len(drawn), block)
                    for axis in (0, 1)) and len(np.unique(drawn[:block**2], axis=0)) == block**2
     assert (again.corners == pixels.corners).all() and (again.tiles == pixels.tiles).all()
@@ -337,38 +336,38 @@ def test_a_class_that_is_nowhere_has_no_pixels(trained):
     store[..., 3] = np.minimum(store[..., 3], 1)
     store[0, 0, 0, 3] = 2  # in a corner no field fits around it
     changed = SimpleNamespace(store=store, rows=questions.rows, config=questions.config)
-    pixels = field_measurement.draw_pixels(entry, changed, 5)
+    pixels = measurement.draw_pixels(entry, changed, 5)
     assert np.bincount(pixels.classes, minlength=3).tolist() == [5, 5, 0] and pixels.shares[2] > 0
     store[0, 8, 8, 3] = 2  # one of the four alignments reaches it
-    pixels = field_measurement.draw_pixels(entry, changed, 8)
+    pixels = measurement.draw_pixels(entry, changed, 8)
     assert pixels.places[pixels.classes == 2].tolist() == [[8, 8], [8, 8]]
 
 
 def test_inputs_are_the_normalised_cuts(trained):
     entry, questions = entry_of(trained)
-    pixels = field_measurement.draw_pixels(entry, questions, 4)
-    batch = field_measurement.tile_inputs(entry, questions, pixels)(3, 9)
+    pixels = measurement.draw_pixels(entry, questions, 4)
+    batch = measurement.tile_inputs(entry, questions, pixels)(3, 9)
     for i in range(3, 9):
         top, left = pixels.corners[i]
         cut = questions.store[questions.rows[pixels.tiles[i]], top:top + 18, left:left + 18, :3] / 255
         expected = (cut - entry.statistics.mean) / entry.statistics.std
         assert np.allclose(batch[i - 3].movedim(0, -1), expected, atol=1e-5)
     device = torch.device("cpu")
-    noise = field_measurement.noise_inputs(2, device, 0)
+    noise = measurement.noise_inputs(2, device, 0)
     assert torch.equal(noise(0, 4)[2], noise(2, 3)[0]) and not torch.equal(noise(0, 2)[0], noise(0, 2)[1])
     assert abs(noise(0, 32).mean()) < 0.02 and abs(noise(0, 32).std() - 1) < 0.02
-    assert field_measurement.zero_inputs(2, device)(0, 3).eq(0).all()
+    assert measurement.zero_inputs(2, device)(0, 3).eq(0).all()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_untrained_network_is_the_one_that_training_began_with(tmp_path, tiny, monkeypatch, dropout):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(field_measurement, "PIXELS_AT_ONCE", 4 * 18**2)  # three batches
+    monkeypatch.setattr(measurement, "PIXELS_AT_ONCE", 4 * 18**2)  # three batches
     train.start(apply_overrides(tiny, ["train.epochs=1", f"model.dropout={dropout}"]))
     entry, questions = entry_of(tmp_path / "runs/tiny")
-    pixels = field_measurement.draw_pixels(entry, questions, 4)
-    inputs = field_measurement.tile_inputs(entry, questions, pixels)
-    model = field_measurement.initial(entry, inputs, len(pixels))
+    pixels = measurement.draw_pixels(entry, questions, 4)
+    inputs = measurement.tile_inputs(entry, questions, pixels)
+    model = measurement.initial(entry, inputs, len(pixels))
     first = train.build_learner(entry.config, entry.statistics).model
     assert not model.training and all(map(torch.equal, model.parameters(), first.parameters()))
     norm, convolution = model.encoder[0][2], first.encoder[0][0]
@@ -383,14 +382,14 @@ def test_the_untrained_network_is_the_one_that_training_began_with(tmp_path, tin
 @pytest.mark.parametrize("levels", [1, 2, 4, 5])
 @pytest.mark.parametrize(("length", "crop"), [(500, 256), (224, 192), (331, 64), (192, 192), (200, 192)])
 def test_the_crop_that_is_predicted_alone_is_central_and_keeps_the_alignment(levels, length, crop):
-    start, block = field_measurement._centred(levels, length, crop), multiple(levels)
+    start, block = measurement._centred(levels, length, crop), multiple(levels)
     assert (start + (-length % block) // 2) % block == 0  # of the canvas, which begins before the tile
     assert 0 <= (length - crop) / 2 - start < block + 1
 
 
 def test_borders_are_counted_pixel_by_pixel(trained):
     entry, questions = entry_of(trained)
-    border = field_measurement.measure_border(entry, questions)
+    border = measurement.measure_border(entry, questions)
     store, levels = questions.store, 2
     height, width = store.shape[1:3]
     assert border.tiles == list(range(len(questions.tiles))) and border.crop == 16
@@ -401,11 +400,11 @@ def test_borders_are_counted_pixel_by_pixel(trained):
         alone = entry.predictor.labels(image[16:32, 12:28])
         for y in range(height):
             for x in range(width):
-                fields = [field_theory.receptive_field(levels, p) for p in (y, x)]
+                fields = [geometry.receptive_field(levels, p) for p in (y, x)]
                 inside = all(a >= 0 and b < n for (a, b), n in zip(fields, (height, width), strict=True))
                 confusion[int(inside), target[y, x], labels[y, x]] += 1
                 distance = min(y, x, height - 1 - y, width - 1 - x)
-                band = max(i for i, start in enumerate(field_measurement.DISTANCES) if start <= distance)
+                band = max(i for i, start in enumerate(measurement.DISTANCES) if start <= distance)
                 distances[band] += [labels[y, x] == target[y, x], 1]
                 if 16 <= y < 32 and 12 <= x < 28:
                     band = 1 if min(y - 16, x - 12, 31 - y, 27 - x) >= 4 else 0
@@ -441,7 +440,7 @@ def test_a_run_and_its_numbers(trained, command, capsys):
         assert float(row["area_share"]) == pytest.approx(math.pi * float(row["r95"]) ** 2 / 18**2, rel=1e-4)
         assert -9 <= int(row["first_row"]) <= 0 <= int(row["last_row"]) <= 9
     contents = json.loads((folder / "fields.json").read_text())["runs"][0]
-    assert contents["theory"]["padded_share"]["256"] == pytest.approx(field_theory.padded_share(2, 256, 256), rel=1e-5)
+    assert contents["theory"]["padded_share"]["256"] == pytest.approx(geometry.padded_share(2, 256, 256), rel=1e-5)
     paths = list(csv.DictReader((folder / "paths.csv").open()))
     shares = [float(row["gradient_x_activation"]) for row in paths if row["inside"] == "all"]
     assert sum(shares) == pytest.approx(1, abs=1e-4) and {row["dead"] for row in paths} == {"False"}
@@ -462,28 +461,28 @@ def test_what_is_measured_otherwise_has_a_folder_of_its_own(trained):
 def test_the_rows_are_of_their_pixels_and_their_logits(trained):
     entry, _ = entry_of(trained)
     run, = receptive_field.measured([entry], "all", 5)
-    field = run.fields[field_report.TRAINED]
-    rows = {(row["inside"], row["logit"]): row for row in field_report.field_rows(run) if row["input"] == "tiles"
+    field = run.fields[report.TRAINED]
+    rows = {(row["inside"], row["logit"]): row for row in report.field_rows(run) if row["input"] == "tiles"
             and row["weights"] == "trained"}
     for inside, name in enumerate(run.classes):
         for logit, other in enumerate(run.classes):
             energy = sum(field.energy[i, logit] for i in range(len(field.pixels)) if field.pixels.classes[i] == inside)
-            for column, share in field_report.ENERGIES.items():
-                assert rows[name, other][column] == field_report.radii(energy, share)
+            for column, share in report.ENERGIES.items():
+                assert rows[name, other][column] == report.radii(energy, share)
                 even = sum(field.energy[i, logit] / field.energy[i, logit].sum()
                            for i in np.flatnonzero(field.pixels.classes == inside))
-                assert rows[name, other][f"{column}_even"] == field_report.radii(even, share)
+                assert rows[name, other][f"{column}_even"] == report.radii(even, share)
             each = [field.energy[i, logit].sum() for i in np.flatnonzero(field.pixels.classes == inside)]
             assert rows[name, other]["effective_pixels"] == pytest.approx(sum(each) ** 2 / sum(e * e for e in each))
-            fit = field_report.fit_gaussian(field.maps[inside, logit])
+            fit = report.fit_gaussian(field.maps[inside, logit])
             assert (rows[name, other]["sigma"], rows[name, other]["misfit"]) == fit[1::2]
     assert len({row["sigma"] for row in rows.values()}) == 16
-    paths = {(row["inside"], row["path"]): row for row in field_report.path_rows(run)}
+    paths = {(row["inside"], row["path"]): row for row in report.path_rows(run)}
     for inside, name in enumerate(run.classes):
         chosen = field.pixels.classes == inside
         whole, left = field.energy[chosen].sum(), field.without[chosen].sum((0, 1))
         alone, important = field.path_energy[chosen].sum((0, 1, 3)), field.importance[chosen].sum((0, 1))
-        for path, label in enumerate(field_theory.path_names(2)):
+        for path, label in enumerate(geometry.path_names(2)):
             row = paths[name, label]
             assert row["energy_without"] == pytest.approx(left[path] / whole)
             assert row["energy_alone"] == pytest.approx(alone[path] / whole)
@@ -529,7 +528,7 @@ def test_a_faint_level_is_as_good_as_dead(trained, command, capsys):
 
 
 def test_results_of_other_tools_are_not_replaced(trained, command, tmp_path):
-    from files import replacing_folder
+    from common.files import replacing_folder
     with replacing_folder(tmp_path / "evaluation") as partial:
         (partial / "scores.json").write_text("{}")
     with pytest.raises(UserError, match="holds results of something else"):

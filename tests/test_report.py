@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from config import Config, Data, Filter
+from common.config import Config, Data, Filter
 from data_filter import filter_tiles
 from dataset import TILE_LIST, Tile, draw_folds, training_crops, validation_crops, write_tiles
 from losses import class_weights

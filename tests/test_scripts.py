@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, script
+from helpers import REPOSITORY, TINY, script
 
 SMALL = ["model.widths=[4,8]", "data.crop=64", "train.epochs=2", "train.folds=2", "train.images_per_epoch=16",
          "train.batch_size=4", "device=cpu"]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import runs
 import train
-from config import apply_overrides
-from console import UserError
+from common.config import apply_overrides
+from common.console import UserError
 from dataset import copied_to, draw_folds
 from losses import make_loss
+from training import runs
 from unet import UNet
 
 
@@ -312,7 +312,7 @@ def with_a_dropped_tile(rows):
     ids=["note", "numbers and separator", "order", "a tile that is dropped"])
 def test_what_does_not_concern_a_run_in_the_list_changes_nothing(workplace, tiny, capsys, change, delimiter):
     import evaluate
-    from entries import ask
+    from evaluation.entries import ask
 
     tiny = apply_overrides(tiny, ["train.epochs=2"])
     train.start(apply_overrides(tiny, ["name=whole"]))
@@ -345,7 +345,7 @@ def in_another_group(rows):
                          ids=["split", "masks", "group", "removed"])
 def test_what_a_run_depends_on_in_the_list_is_noticed(workplace, tiny, change):
     import evaluate
-    from entries import ask
+    from evaluation.entries import ask
 
     train.start(apply_overrides(tiny, ["train.epochs=1"]))
     rewritten(workplace / "tiles/tiles.csv", change)
@@ -606,7 +606,7 @@ def test_a_learning_rate_is_cut_when_the_ema_worsens_though_the_loss_is_negative
 
 
 def test_early_stop_counts_epochs_since_the_best():
-    from config import Config, Train
+    from common.config import Config, Train
 
     config = Config(train=Train(early_stop=2, epochs=9))
     history = [{"epoch": e, "val_loss": v} for e, v in enumerate([3.0, 1.0, 2.0, 1.0], start=1)]
@@ -617,11 +617,11 @@ def test_early_stop_counts_epochs_since_the_best():
 
 def test_the_network_learns_a_simple_task(workplace, tiles_root):
     """Dark, medium and light pixels are the three classes: a pipeline that is wired right learns this in seconds."""
-    from conftest import GREYS, TINY
+    from helpers import GREYS, TINY
     from PIL import Image
 
     import data_filter
-    from config import Config
+    from common.config import Config
     from dataset import write_tiles
 
     random = np.random.default_rng(0)

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-import figures
-from audit import verdict
-from config import Filter, apply_overrides, load_config
-from console import UserError, argument_parser, markdown_table, run, table
+from common import figures
+from common.config import Filter, apply_overrides, load_config
+from common.console import UserError, argument_parser, markdown_table, run, table
+from common.files import write_text
 from dataset import Tile, read_tiles
-from files import write_text
-from filter_report import FOLDER, MEASURED, measured
+from filtering.audit import verdict
+from filtering.report import FOLDER, MEASURED, measured
 from tools.make_demo_data import DEFECTS
 
 OF_MASKS = tuple(defect for defect in DEFECTS if defect != "empty")

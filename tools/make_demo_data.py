@@ -31,9 +31,9 @@ from numpy.random import Generator
 from PIL import Image
 from scipy import ndimage
 
-from console import Progress, UserError, argument_parser, command, run, table
-from files import writing
-from parallel import cores, spread
+from common.console import Progress, UserError, argument_parser, command, run, table
+from common.files import writing
+from common.workers import cores, spread
 
 CLASSES = ("background", "tissue", "tumour")
 GREYS = np.array([26, 51, 77], np.uint8)

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import Data
-from console import Progress, UserError, argument_parser, command, run, table
+from common.config import Data
+from common.console import Progress, UserError, argument_parser, command, run, table
+from common.files import writing
 from dataset import open_picture, read_image
-from files import writing
 
 GLAND = {"Adenocarcinoma": 2, "High-grade IN": 2, "Low-grade IN": 1, "Normal": 1, "Polyp": 1, "Serrated adenoma": 1}
 GLAND_ABOVE = 127  # grey of the label; its edges are antialiased

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import train
-from config import Config
-from console import Progress
+from common.config import Config
+from common.console import Progress
 from dataset import TILE_LIST, Crops, Tile, normalise, write_tiles
 from unet import UNet
 

@@ -15,14 +15,13 @@ from gpu_helpers import (
 )
 from torch import nn
 
-import field_measurement
-import metrics
-from console import Progress
+from common.console import Progress
+from common.devices import choose_precision, memory_format
 from dataset import normalise
-from hardware import choose_precision, memory_format
+from evaluation import metrics
+from fields import measurement
 from unet import UNet
 
-pytest_plugins = ["gpu_plugin"]
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 
@@ -167,14 +166,14 @@ def test_receptive_fields_equal_those_of_the_cpu_to_1e4(any_gpu, by_path, record
     with torch.no_grad():
         model(torch.randn(4, 3, 64, 64))
     model.double().eval().requires_grad_(False)
-    pixels, fields = field_measurement.free_pixels(3, 3, seed=0), []
+    pixels, fields = measurement.free_pixels(3, 3, seed=0), []
     seed = next(seed for seed in range(100) if distance_to_kinks(
-        model, field_measurement.noise_inputs(3, CPU, seed)(0, len(pixels)).double()) > KINK)
+        model, measurement.noise_inputs(3, CPU, seed)(0, len(pixels)).double()) > KINK)
     for place, dtype in ((any_gpu, torch.float32), (CPU, torch.float64)):
         model = model.to(place, dtype, memory_format=memory_format(place))
-        noise = field_measurement.noise_inputs(3, place, seed)
+        noise = measurement.noise_inputs(3, place, seed)
         with Progress("", len(pixels)) as progress:
-            fields.append(field_measurement.measure(
+            fields.append(measurement.measure(
                 model, lambda start, stop, noise=noise, dtype=dtype: noise(start, stop).to(dtype), pixels, by_path,
                 progress))
     ours, exact = fields

@@ -7,7 +7,6 @@ from gpu_helpers import random_crops
 
 from dataset import Crops, copied_to, store_on
 
-pytest_plugins = ["gpu_plugin"]
 pytestmark = pytest.mark.gpu
 
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import script
 from gpu_helpers import (
     contents,
     crops_for,
@@ -22,14 +21,14 @@ from gpu_helpers import (
     strides_that_matter,
     without_gradient,
 )
+from helpers import script
 from torch._dynamo.utils import counters
 
 import train
-from config import Config, apply_overrides
-from console import Progress
+from common.config import Config, apply_overrides
+from common.console import Progress
 from dataset import Statistics, copied_to
 
-pytest_plugins = ["gpu_plugin"]
 pytestmark = pytest.mark.gpu
 
 

@@ -8,17 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, script
 from gpu_helpers import contents, largest_difference, learner_of, pass_over
+from helpers import REPOSITORY, script
 from PIL import Image
 
-import runs
 import train
-from config import apply_overrides
-from entries import ask, predictor_of, trained
+from common.config import apply_overrides
 from evaluate import evaluate
+from evaluation.entries import ask, predictor_of, trained
+from training import runs
 
-pytest_plugins = ["gpu_plugin"]
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 

@@ -44,9 +44,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from console import Progress, UserError, argument_parser, percent, run, table
-from files import write_text
-from parallel import cores
+from common.console import Progress, UserError, argument_parser, percent, run, table
+from common.files import write_text
+from common.workers import cores
 from tools.benchmark.race import Race, Setting, Sides, compete, in_new_process
 
 PACKAGES = ("torch", "numpy", "scipy", "pillow", "monai", "segmentation-models-pytorch")

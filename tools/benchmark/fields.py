@@ -4,9 +4,9 @@ from functools import partial
 
 import torch
 
-from field_measurement import batches, gradients
-from field_theory import smallest_cut
-from hardware import autocast, choose_precision
+from common.devices import autocast, choose_precision
+from common.geometry import smallest_cut
+from fields.measurement import batches, gradients
 from tools.benchmark.race import Lap, Race, Setting
 from unet import UNet
 

@@ -16,10 +16,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import data_filter
-from audit import find_glass, sum_inverted
-from config import Config, Data, Filter
-from console import Progress
+from common.config import Config, Data, Filter
+from common.console import Progress
 from dataset import Tile, find_pairs, read_pair
+from filtering.audit import find_glass, sum_inverted
 from tools.benchmark.race import Lap, Race, Setting, alone, plain_row
 
 GREYS = (26, 51, 77)

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import train
-from config import Config, Model, Train
+from common.config import Config, Model, Train
+from common.devices import choose_precision
 from dataset import Crops, Statistics, normalise, store_on, training_crops
-from entries import Entry, predictor_of
 from evaluate import tiles_at_once
-from hardware import choose_precision
+from evaluation.entries import Entry, predictor_of
 from tools.benchmark import plain
 from tools.benchmark.race import Lap, Race, Setting
 from tools.benchmark.roofline import work_of

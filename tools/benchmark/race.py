@@ -20,9 +20,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from console import UserError
-from memory import enough_memory, reuse_memory
-from parallel import deaf_to_interrupts, single_threaded
+from common.console import UserError
+from common.memory import enough_memory, reuse_memory
+from common.workers import deaf_to_interrupts, single_threaded
 
 ENOUGH, MOST_ROUNDS = 4.0, 15  # seconds of laps; rounds of short ones
 LESS_MEMORY = "close other programs, or try --quick"

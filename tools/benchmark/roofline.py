@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hardware import has_bf16
+from common.devices import has_bf16
 from tools.benchmark.race import Setting
 
 Work = list[tuple[str, float, float]]  # of each operation the dtype, FLOP and bytes

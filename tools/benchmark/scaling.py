@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 import train
-from config import Config, Model, Train
-from console import Progress
+from common.config import Config, Model, Train
+from common.console import Progress
+from common.devices import peak_memory_mb
 from dataset import store_on
-from hardware import peak_memory_mb
 from tools.benchmark.network import STATISTICS, random_crops, random_store, trainer
 from tools.benchmark.race import Setting, in_new_process, plain_row
 

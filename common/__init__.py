@@ -1,0 +1,1 @@
+"""What every command uses: settings, terminal, files, pictures, geometry, processes, devices."""

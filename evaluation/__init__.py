@@ -1,0 +1,1 @@
+"""What evaluate.py uses: prediction, scores, and the report with its page."""

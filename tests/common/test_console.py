@@ -1,0 +1,109 @@
+"""common/console.py."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY
+
+from common import console
+from common.console import Progress, UserError, argument_parser, command, run, table
+
+
+@pytest.mark.parametrize(("error", "code", "text"), [
+    (UserError("x.png: broken"), 2, "error: x.png: broken"), (KeyboardInterrupt(), 130, "interrupted"),
+    (PermissionError(13, "Permission denied", "/y"), 2, "error: /y: Permission denied")])
+def test_what_a_user_can_mend_ends_in_one_line(error, code, text, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == code and capsys.readouterr().err.strip() == text
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+def test_tables_are_aligned():
+    assert table(["a", "long"], [["name", "1"], ["b", "22"]]) == "a     long\nname     1\nb       22"
+
+
+def test_plain_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 31.0, 31.0, 32.0, 62.0, 62.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock, 62.0))
+    with Progress("filter", 4, "tile") as progress:
+        for _ in range(4):
+            progress.advance(note="loss 1")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and lines[0].startswith("filter: 2/4 tile") and lines[0].endswith("loss 1") and len(lines) <= 2
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(console.sys, "stderr", terminal)
+    with Progress("train", 2, "batch") as progress:
+        progress.bar.mininterval = 0
+        progress.advance(note="loss 0.25")
+        progress.advance(note="loss 0.20")
+    assert "train" in terminal.getvalue() and "loss 0.2" in terminal.getvalue() and "\r" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("error", [UserError("x.png: broken"), OSError(5, "Input/output error", "/y")])
+def test_a_traceback_is_shown_where_it_is_asked_for(error, monkeypatch, capsys):
+    def main():
+        argument_parser("docs").parse_args()
+        raise error
+
+    for argument, shown in (([], False), (["--traceback"], True)):
+        monkeypatch.setattr(sys, "argv", ["script.py", *argument])
+        with pytest.raises(SystemExit) as end:
+            run(main)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and ("in main" in said) == shown and said.splitlines()[-1].startswith("error: ")
+
+
+def test_a_name_that_the_console_lacks_does_not_end_the_work(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    run(lambda: print("wrote runs/prüfung"))
+    stream.flush()
+    assert stream.buffer.getvalue().strip() == b"wrote runs/pr\\xfcfung"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_cannot_be_written_is_an_error():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, REPOSITORY / "receptive_field.py", "--theory"], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "error: printing: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs a POSIX shell")
+def test_without_an_output_work_is_done_all_the_same(tmp_path):
+    done = subprocess.run(f"{sys.executable} {REPOSITORY / 'receptive_field.py'} --theory >&-", shell=True,
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_options_are_not_abbreviated(monkeypatch, capsys):
+    """Or --trace would be taken for --traceback and do nothing."""
+    monkeypatch.setattr(sys, "argv", ["script.py", "--trace"])
+    with pytest.raises(SystemExit):
+        argument_parser("docs").parse_args()
+    assert "unrecognized arguments: --trace" in capsys.readouterr().err
+
+
+def test_commands_can_be_pasted_into_the_shell_at_hand(monkeypatch):
+    words = ["python", "train.py", "--config", "my configs/x.yaml", r"data.group=^(s\d+)", "runs/a-1", r"C:\x"]
+    assert command("a b", "c") == "'a b' c"
+    monkeypatch.setattr(console.os, "name", "nt")
+    assert command(*words) == r'python train.py --config "my configs/x.yaml" "data.group=^(s\d+)" runs/a-1 C:\x'

@@ -1,0 +1,188 @@
+"""Measurements of a tile against Algorithm 1 as it is printed, and against masks that were moved by known distances."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from common.config import Filter
+from dataset import Tile
+from filtering import audit
+from filtering.audit import find_glass, measure, misalignment, smooth_inverted, sum_inverted, verdict
+
+
+def literal_algorithm_1(image, mask, sigma, blank_intensity):
+    """Algorithm 1 line by line, with a convolution of our own and the divisor that is meant in line 8."""
+    grey = np.array([[sum(map(int, pixel)) / 3 for pixel in row] for row in image])
+    inverted = 255 - grey
+    radius = int(4 * sigma + 0.5)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    for _ in range(2):
+        padded = np.pad(inverted, ((radius, radius), (0, 0)), mode="symmetric")
+        inverted = np.stack([kernel @ padded[i:i + len(kernel)] for i in range(len(inverted))]).T
+    tissue_px = inverted[(mask == 1) | (mask == 2)]
+    return (tissue_px < blank_intensity).sum() / tissue_px.size
+
+
+def scipy_glass(image, limits):
+    """Lines 2 to 6 with scipy's Gaussian in float64, in the text's reading and in the code's."""
+    smooth = gaussian_filter(255.0 - np.mean(image, axis=2), sigma=limits.sigma)
+    if limits.blank_reference == "maximum":
+        return smooth / np.max(smooth) < limits.blank_intensity / 255
+    return smooth < limits.blank_intensity
+
+
+def half_glass(random, height, width):
+    """Tissue with holes on the left, glass on the right."""
+    image = random.integers(225, 250, (height, width, 3)).astype(np.uint8)
+    image[:, :width // 2] = random.integers(60, 240, (height, width // 2, 3))
+    return image
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_blank_equals_the_algorithm_line_by_line(seed):
+    random = np.random.default_rng(seed)
+    image, mask = half_glass(random, 60, 70), np.zeros((60, 70), np.uint8)
+    mask[5:50, 5 + 5 * seed:40 + 5 * seed] = random.integers(1, 3, (45, 35))
+    blank = measure(image, mask > 0, Filter(sigma=4))["blank"]
+    assert blank == literal_algorithm_1(image, mask, 4, 40) and 0 <= blank < 1
+
+
+def borderline(random, height, width, sigma):
+    """An image whose inverted greys wander about the threshold of 40, so that many smoothed ones come close to it."""
+    smooth = gaussian_filter(random.normal(0, 1, (height, width)), sigma)
+    pale = 215 + np.rint(0.6 * smooth / max(smooth.std(), 1e-9))
+    return np.repeat(np.clip(pale, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize("reference", ["absolute", "maximum"])
+def test_no_pixel_of_2000_tiles_is_judged_otherwise_than_by_scipy_in_float64(reference):
+    """Tissue and glass, tiles that lie on the threshold almost everywhere, flat ones; many sizes, three Gaussians."""
+    random = np.random.default_rng(7)
+    limits, near = [Filter(sigma=sigma, blank_reference=reference) for sigma in (10.0, 3.5, 0.7)], 0
+    for number in range(2000):
+        height, width = random.integers(20, 150, 2)
+        limit = limits[number % 3]
+        if number % 4 == 0:
+            image = half_glass(random, height, width)
+        elif number % 4 == 3:
+            image = np.full((height, width, 3), random.integers(205, 225), np.uint8)
+        else:
+            image = borderline(random, height, width, (1, 4)[number % 4 - 1])
+        near += (np.abs(smooth_inverted(sum_inverted(image), limit.sigma)[0] - limit.blank_intensity) < 1e-2).sum()
+        assert (find_glass(sum_inverted(image), limit) == scipy_glass(image, limit)).all(), number
+    assert near > 1000, "the tiles were not borderline"
+
+
+def test_float32_stays_within_its_bound():
+    random = np.random.default_rng(0)
+    for sigma in (0.5, 3, 10, 40):
+        image = random.integers(0, 256, (90, 130, 3)).astype(np.uint8)
+        smooth, error = smooth_inverted(sum_inverted(image), sigma)
+        assert np.abs(smooth - gaussian_filter(255.0 - image.mean(axis=-1), sigma)).max() < error < 0.02
+
+
+@pytest.mark.parametrize("reference", ["absolute", "maximum"])
+def test_a_white_tile_is_glass(reference):
+    white = np.full((40, 40, 3), 255, np.uint8)
+    found = measure(white, np.ones((40, 40), bool), Filter(blank_reference=reference))
+    assert found["blank"] == 1 and found["unmarked"] == 0
+
+
+def test_references_differ_as_the_report_and_its_code_do():
+    """A pale tile: smoothed inverted greys of 30 are glass by the text, and tissue by the code's 40/255 of 60."""
+    image = np.full((200, 200, 3), 225, np.uint8)
+    image[:, :100] = 195
+    tissue = np.ones((200, 200), bool)
+    text, code = (measure(image, tissue, Filter(blank_reference=name))["blank"] for name in ("absolute", "maximum"))
+    assert text == pytest.approx(0.5, abs=0.03) and code == 0
+
+
+def test_unmarked_is_the_share_of_the_tile_that_is_tissue_called_background():
+    image = np.full((200, 200, 3), 245, np.uint8)
+    image[:, :120] = 160
+    tissue = np.zeros((200, 200), bool)
+    tissue[:, :70] = True
+    assert measure(image, tissue, Filter())["unmarked"] == pytest.approx(0.25, abs=0.03)
+    tissue[:, :120] = True
+    assert measure(image, tissue, Filter())["unmarked"] < 0.03
+
+
+def blobs(seed, size):
+    """A field of tissue with sides of its own everywhere, and the image that a microscope would show."""
+    random = np.random.default_rng(seed)
+    tissue = gaussian_filter(random.normal(size=(size, size)), 40) > 0
+    image = np.where(tissue[..., None], random.integers(90, 190, (size, size, 3)), 242)
+    return image.astype(np.uint8), tissue
+
+
+@pytest.mark.parametrize(("right", "down"), [(0, 0), (40, 0), (0, -40), (-63, 27), (90, 70), (17, -9)])
+@pytest.mark.parametrize(("height", "width"), [(400, 400), (300, 420)])
+def test_a_moved_mask_is_found_to_lie_where_it_was_moved(right, down, height, width):
+    image, tissue = blobs(3, 700)
+    corner = 120
+    tile = image[corner:corner + height, corner:corner + width]
+    mask = tissue[corner - down:corner - down + height, corner - right:corner - right + width]
+    x, y, confidence = misalignment(sum_inverted(tile), mask, 10.0)
+    assert abs(x - right) <= 4 and abs(y - down) <= 4
+    if np.hypot(right, down) >= 40:
+        assert confidence > 0.6
+    elif right == down == 0:
+        assert confidence < 0.3
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_without_an_edge_there_is_nothing_to_align(share):
+    image, _ = blobs(0, 200)
+    assert misalignment(sum_inverted(image), np.full((200, 200), bool(share)), 10.0) is None
+    assert misalignment(np.full((200, 200), 200, np.float32), blobs(1, 200)[1], 10.0) is None
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 200), (65, 33)])
+def test_small_and_narrow_tiles_are_measured(height, width):
+    random = np.random.default_rng(1)
+    image = random.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    tissue = random.random((height, width)) < 0.5
+    tissue[0, 0] = True
+    found = measure(image, tissue, Filter())
+    assert 0 <= found["blank"] <= 1 and 0 <= found["unmarked"] <= 1
+
+
+FULL = Tile("a", "a", "a", foreground=0.5, blank=0.0, unmarked=0.0, shift_x=30.0, shift_y=40.0, confidence=0.6)
+
+
+@pytest.mark.parametrize(("changes", "limits", "expected"), [
+    ({}, {}, ""),
+    ({"foreground": 0.0099}, {}, "sparse"),
+    ({"foreground": 0.0}, {"min_foreground": 0.0}, "sparse"),
+    ({"blank": 0.075}, {}, "misregistered"),
+    ({"blank": 0.0749}, {}, ""),
+    ({"blank": 1.0}, {"max_blank": None}, ""),
+    ({"unmarked": 0.9}, {}, ""),
+    ({"unmarked": 0.9}, {"max_unmarked": 0.9}, "unmarked"),
+    ({}, {"max_shift": 50.0}, "shifted"),
+    ({}, {"max_shift": 50.1}, ""),
+    ({"confidence": 0.4}, {"max_shift": 50.0}, ""),
+    ({"confidence": 0.4}, {"max_shift": 50.0, "min_confidence": 0.4}, "shifted"),
+    ({"shift_x": None, "shift_y": None, "confidence": None}, {"max_shift": 0.0}, ""),
+    ({"blank": 0.5, "unmarked": 0.9}, {"max_unmarked": 0.1}, "misregistered"),
+])
+def test_verdicts(changes, limits, expected):
+    assert verdict(replace(FULL, **changes), Filter(**limits)) == expected
+
+
+def test_the_reports_tile_139_lies_too_low_although_algorithm_1_passes_it(real_data):
+    """By eye about 120 px, in a tile whose annotated tissue shows no glass at all."""
+    found = {}
+    for key in ("26", "139", "1058"):
+        image = np.asarray(Image.open(real_data / f"report_tiles/frames/frame#{key}.png").convert("RGB"))
+        mask = np.asarray(Image.open(real_data / f"report_tiles/masks/mask#{key}.png"))
+        found[key] = measure(image, mask != 26, Filter())
+        code = audit.find_glass(sum_inverted(image), Filter(blank_reference="maximum"))
+        assert (code == scipy_glass(image, Filter(blank_reference="maximum"))).all()
+    assert found["139"]["shift_y"] == pytest.approx(120, abs=8) and found["139"]["confidence"] > 0.8
+    assert found["139"]["blank"] < 0.075 and found["139"]["unmarked"] > 0.2
+    assert found["26"]["confidence"] < 0.5 and found["1058"]["confidence"] < 0.5

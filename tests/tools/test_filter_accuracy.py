@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from helpers import REPOSITORY
+from sklearn.metrics import precision_score, recall_score
+
+from common.config import Filter
+from dataset import Tile
+from tools.filter_accuracy import ALL, OF_MASKS, REPORT, Planted, curve, rules, score, tables
+from tools.make_demo_data import DEFECTS
+
+
+def some_tiles(seed=0, count=300):
+    random = np.random.default_rng(seed)
+    planted = []
+    for i in range(count):
+        x, y = random.uniform(-100, 100, 2)
+        tile = Tile(str(i), "f", "m", foreground=random.choice([0.0, 0.005, 0.5]), blank=random.uniform(0, 0.15),
+                    unmarked=random.uniform(0, 0.1), shift_x=x, shift_y=y, confidence=random.uniform())
+        planted.append(Planted(tile, str(random.choice(["none", *DEFECTS])), random.uniform(), (x + 3, y + 4)))
+    return planted
+
+
+def test_precision_and_recall_are_those_of_scikit_learn():
+    planted, limits = some_tiles(), Filter(max_unmarked=0.05, max_shift=30.0)
+    dropped = [one.tile.foreground < 0.01 or one.tile.blank >= 0.075 for one in planted]
+    defect = [one.defect != "none" for one in planted]
+    number, precision, recall = score(planted, *rules(limits)[REPORT])
+    assert number == sum(dropped)
+    assert precision == pytest.approx(precision_score(defect, dropped))
+    assert recall == pytest.approx(recall_score(defect, dropped))
+    dropped = [drop or one.tile.unmarked >= 0.05 or (one.tile.shift >= 30 and one.tile.confidence >= 0.5)
+               for drop, one in zip(dropped, planted, strict=True)]
+    assert score(planted, *rules(limits)[ALL])[1:] == pytest.approx(
+        (precision_score(defect, dropped), recall_score(defect, dropped)))
+
+
+def test_a_curve_judges_one_measurement_alone_on_masks_with_tissue():
+    planted = some_tiles()
+    judged = [one for one in planted if one.tile.foreground]
+    defect = [one.defect in OF_MASKS for one in judged]
+    for threshold, precision, recall in curve(planted, Filter(), "unmarked", [0.02, 0.05, 0.08]):
+        dropped = [one.tile.unmarked >= threshold for one in judged]
+        assert (precision, recall) == pytest.approx((precision_score(defect, dropped), recall_score(defect, dropped)))
+
+
+def test_tables_count_every_tile_once():
+    planted, limits = some_tiles(), Filter(max_unmarked=0.05, max_shift=30.0)
+    contents = {title: rows for title, _, rows in tables(planted, limits)}
+    assert sum(int(cell) for row in contents["Verdict by planted defect"] for cell in row[2:]) == len(planted)
+    assert contents["Shift of the `shifted` masks"][0][2:] == ["5.0 px", "5.0 px"]
+    left = {row[0]: int(row[1]) for row in contents["What is left"]}
+    assert left[ALL] < left[REPORT] < len(planted)
+
+
+def test_on_demo_tiles_from_the_command_line(tmp_path, here):
+    for command in (["tools.make_demo_data", "data/demo", "--tiles", 24, "--slides", 3, "--size", 200],
+                    ["data_filter.py", "--config", REPOSITORY / "configs/demo.yaml"],
+                    ["tools.filter_accuracy", "data/demo", "filter.max_unmarked=0.06"]):
+        out = here(*command, cwd=tmp_path)
+        assert out.returncode == 0, out.stderr
+    assert "unmarked >= 0.06" in out.stdout
+    assert "| all rules |" in (tmp_path / "data/demo/filter/accuracy.md").read_text()
+    assert (tmp_path / "data/demo/filter/accuracy.png").stat().st_size > 10_000
+    out = here("tools.filter_accuracy", "data/demo", "filter.sigma=3", cwd=tmp_path)
+    assert out.returncode == 2 and "filter.sigma" in out.stderr
+    out = here("tools.filter_accuracy", "nowhere", cwd=tmp_path)
+    assert out.returncode == 2 and "run data_filter.py first" in out.stderr
