@@ -1,11 +1,8 @@
-"""From tiles on disk to batches: pairs, masks, the cleaned list, splits, the packed store, folds and crops.
+"""Tiles on disk: pairs of image and mask, the cleaned list, the split, the packed store. Needs no torch.
 
     key      what names a tile: the part of its file name that stands for {key} in data.images and data.masks
     group    slide or patient of a tile, found in its key by data.group; groups are never cut by a split or a fold
     store    tiles.u8, all kept tiles as (N, H, W, 4) uint8: red, green, blue and class, mapped into memory
-
-ALL randomness is a function of seed, epoch, fold and a tile's place in the fold: every draw has a generator of its own,
-made from these keys.
 """
 
 import csv
@@ -14,165 +11,25 @@ import io
 import json
 import math
 import re
-import struct
-import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from common.console import Progress, UserError
 from common.files import LOCK, locked, remove_leftovers, replacing
-
-if TYPE_CHECKING:  # the filter and its worker processes need no torch, whose import takes seconds
-    import torch
-    from torch import Tensor
+from common.pictures import picture_size, read_image, read_mask, reading
+from common.randomness import generator
 
 TILE_LIST = "tiles.csv"
 STORE = "tiles.u8"
-LOSSLESS = ("PNG", "TIFF", "BMP")  # formats of masks
 SPLITS = ("train", "test")
 DROPPED = ("sparse", "misregistered", "unmarked", "shifted", "duplicate", "corrupt", "excluded")  # the last: by hand
-MAX_PIXELS = 64_000_000  # larger headers are refused before anything is decoded: a small file can hold a huge image
-ORIENTATION = 0x0112  # the EXIF tag
 STORE_FORMAT = "crc-unet tiles 2"
 HEADER_BYTES = 4096  # of the store; one page, so that the pixels stay aligned
-_pillows_limit = threading.Lock()
-
-
-def generator(seed: int, epoch: int, fold: int, purpose: str) -> np.random.Generator:
-    """A generator that depends on its keys alone, so that order, workers and restarts change nothing."""
-    return np.random.default_rng(_entropy(seed, epoch, fold, purpose))
-
-
-def torch_seed(seed: int, epoch: int, fold: int, purpose: str) -> int:
-    """The same for `torch.manual_seed`: dropout and initial weights."""
-    return int(np.random.SeedSequence(_entropy(seed, epoch, fold, purpose)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _entropy(seed: int, epoch: int, fold: int, purpose: str) -> list[int]:
-    return [seed, epoch, fold, int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")]
-
-
-# ---------------------------------------------------------------------------------------------- files of a tile
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever Pillow raises on a file, in one line that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; restore it, or run data_filter.py again") from None
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error) as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace or remove it") from None
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture with its header read and nothing decoded; the caller checks its size."""
-    with _explained(path):
-        with _pillows_limit:  # a global of Pillow, which its `open` alone looks at
-            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                picture = Image.open(path)
-            finally:
-                Image.MAX_IMAGE_PIXELS = before
-        with picture:
-            yield picture
-
-
-def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture of at most `max_pixels` pixels and 8 bits a channel."""
-    with _opened(path) as picture:
-        if picture.width * picture.height > max_pixels:
-            raise UserError(f"{path}: {picture.width} x {picture.height} pixels are more than fit here "
-                            f"({max_pixels:,}); cut it into tiles")
-        if picture.tile and "16" in str(np.ravel(picture.tile[0][3])[0]):  # Pillow would cut RGB to 8 bits unasked
-            raise UserError(f"{path}: 16 bits a channel; expected 8. Convert it to 8 bits")
-        if getattr(picture, "n_frames", 1) > 1 or picture.getexif().get(ORIENTATION, 1) != 1:
-            raise UserError(f"{path}: several pages, or a rotation flag (EXIF) that some programs follow and some do "
-                            "not; save it as a plain PNG")
-        picture.load()
-        return picture
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the header alone."""
-    with _opened(path) as picture:
-        return picture.height, picture.width
-
-
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """(H, W, 3) uint8. RGB and opaque RGBA are read exactly, every other mode is refused."""
-    picture = open_picture(path, max_pixels)
-    if picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (255, 255):
-        picture = picture.convert("RGB")
-    if picture.mode != "RGB":
-        raise UserError(f"{path}: an image must be 8-bit RGB, this one has mode {picture.mode}; convert it to RGB")
-    return np.asarray(picture)
-
-
-def read_greys(path: Path) -> np.ndarray:
-    """(H, W) uint8, the values of a mask as they stand in its file.
-
-    Grey and RGB with three equal channels are read exactly. A palette is refused, since its indices and its colours
-    are both candidates, and so are JPEG and other formats that smear labels.
-    """
-    picture = open_picture(path)
-    if picture.format not in LOSSLESS or picture.info.get("compression") == "jpeg":
-        raise UserError(f"{path}: {picture.format} may change the values of a mask; save masks as PNG")
-    if picture.mode not in ("L", "RGB"):
-        raise UserError(f"{path}: a mask must be 8-bit grey, this one has mode {picture.mode}; convert it so that "
-                        "every pixel is one of data.greys")
-    mask = np.asarray(picture)
-    if mask.ndim == 3:
-        if (mask != mask[..., :1]).any():
-            raise UserError(f"{path}: a mask must be grey, this one is coloured; convert it so that every pixel is "
-                            "one of data.greys")
-        mask = mask[..., 0]
-    return mask
-
-
-def count_classes(path: Path, counts: np.ndarray, greys: Sequence[int]) -> np.ndarray:
-    """Pixels of each class (K,) from those of each grey (256,); a grey that is not in `greys` is an error."""
-    unknown = np.setdiff1d(np.flatnonzero(counts), greys)
-    if unknown.size:
-        found = ", ".join(f"{value} ({counts[value]} pixel{'s' if counts[value] > 1 else ''})" for value in unknown[:5])
-        raise UserError(f"{path}: grey {found}{', …' if unknown.size > 5 else ''} is none of data.greys {list(greys)}; "
-                        "fix the mask or set data.greys and data.classes")
-    return counts[list(greys)]
-
-
-def read_mask(path: Path, greys: Sequence[int]) -> np.ndarray:
-    """(H, W) uint8 class indices; class k is the grey `greys[k]`, and any other grey is an error."""
-    mask = read_greys(path)
-    lookup = np.full(256, 255, np.uint8)
-    lookup[list(greys)] = np.arange(len(greys))
-    labels = lookup[mask]
-    if labels.max() == 255:
-        count_classes(path, np.bincount(mask.ravel(), minlength=256), greys)
-    return labels
-
-
-def refuse_different_sizes(root: Path, tile: "Tile", image: tuple[int, ...], mask: tuple[int, ...]) -> None:
-    """The sizes are (height, width)."""
-    if image != mask:
-        raise UserError(f"{root / tile.mask}: the mask is {mask[0]} x {mask[1]} pixels (height x width), its image "
-                        f"{root / tile.image} is {image[0]} x {image[1]}; they must agree")
-
-
-def read_pair(root: Path, tile: "Tile", greys: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Image (H, W, 3) and class indices (H, W), both uint8 and of one size."""
-    image, mask = read_image(root / tile.image), read_mask(root / tile.mask, greys)
-    refuse_different_sizes(root, tile, image.shape[:2], mask.shape)
-    return image, mask
 
 
 # ---------------------------------------------------------------------------------------------- the list of tiles
@@ -238,7 +95,7 @@ def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Til
             partner = root / pattern.replace("{key}", lone[0])
             raise UserError(f"{root / here[lone[0]]}: its {what} {partner} is missing ({len(lone)} of {len(here)} "
                             f"files have no {what}); add it or remove the file")
-    refuse_outside(root, [*found_images.values(), *found_masks.values()])
+    reject_outside(root, [*found_images.values(), *found_masks.values()])
     return [Tile(key, found_images[key], found_masks[key], group_of(key, group))
             for key in sorted(found_images, key=_natural)]
 
@@ -283,7 +140,7 @@ def _names(folder: Path, part: str) -> list[str]:
     return [name for name in names if part.startswith(".") or not name.startswith(".")]  # macOS leaves ._NAME
 
 
-def refuse_outside(root: Path, paths: Iterable[str]) -> None:
+def reject_outside(root: Path, paths: Iterable[str]) -> None:
     """A `UserError` if a path below `root` leads out of it: absolute, by `..` or through a link."""
     home, folders = root.resolve(), {}
     for path in paths:
@@ -325,7 +182,7 @@ def split_by_group(tiles: Sequence[Tile], test_fraction: float, seed: int) -> li
     tiles is therefore never tested on (unless no group is smaller): where slides are of very different sizes the test
     set leans to the small ones.
     """
-    groups = _tiles_by_group([tile.group or f"tile {i}" for i, tile in enumerate(tiles)])
+    groups = places_by_group([tile.group or f"tile {i}" for i, tile in enumerate(tiles)])
     room = int(test_fraction * len(tiles))
     order = generator(seed, 0, 0, "split").permutation(len(groups))
     test: list[int] = []
@@ -341,7 +198,7 @@ def split_by_group(tiles: Sequence[Tile], test_fraction: float, seed: int) -> li
     return ["test" if i in chosen else "train" for i in range(len(tiles))]
 
 
-def _tiles_by_group(names: Sequence[str]) -> list[list[int]]:
+def places_by_group(names: Sequence[str]) -> list[list[int]]:
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         members.setdefault(name, []).append(i)
@@ -387,7 +244,7 @@ def read_tiles(root: Path) -> list[Tile]:
         value, count = Counter(getattr(tile, name) for tile in tiles).most_common(1)[0] if tiles else ("", 0)
         if count > 1:
             raise UserError(f"{path}: the {name} '{value}' stands in {count} rows; keep one")
-    refuse_outside(root, [path for tile in tiles for path in (tile.image, tile.mask)])
+    reject_outside(root, [path for tile in tiles for path in (tile.image, tile.mask)])
     in_test = {tile.group for tile in tiles if tile.split == "test"} - {""}
     both = in_test & {tile.group for tile in tiles if tile.split == "train"}
     if both:
@@ -432,6 +289,20 @@ def _tile_of(row: dict, where: str) -> Tile:
     return Tile(**values)
 
 
+def reject_different_sizes(root: Path, tile: "Tile", image: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    """The sizes are (height, width)."""
+    if image != mask:
+        raise UserError(f"{root / tile.mask}: the mask is {mask[0]} x {mask[1]} pixels (height x width), its image "
+                        f"{root / tile.image} is {image[0]} x {image[1]}; they must agree")
+
+
+def read_pair(root: Path, tile: "Tile", mask_values: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) and class indices (H, W), both uint8 and of one size."""
+    image, mask = read_image(root / tile.image), read_mask(root / tile.mask, mask_values)
+    reject_different_sizes(root, tile, image.shape[:2], mask.shape)
+    return image, mask
+
+
 # ---------------------------------------------------------------------------------------------- the packed store
 
 @dataclass(frozen=True)
@@ -442,14 +313,14 @@ class Store:
     sums: np.ndarray  # (N, 6 + K) int64: red, green, blue, their squares, pixels of each class
 
 
-def open_store(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> Store:
+def open_store(root: Path, tiles: Sequence[Tile], mask_values: Sequence[int]) -> Store:
     """The tiles mapped into memory from tiles.u8, which is packed anew where it is absent or stale.
 
     Stale means: another list, order, file size, modification time or greys than when it was packed, or packed in
     another format.
     """
     path = root / STORE
-    signature = _signature(root, tiles, greys)
+    signature = _signature(root, tiles, mask_values)
     store = _read_store(path, signature)
     if store is None:
         busy = f"{root}: another process packs {STORE} or writes {TILE_LIST}"
@@ -457,18 +328,18 @@ def open_store(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> Store
             remove_leftovers(root, STORE)
             store = _read_store(path, signature)  # another process may have packed meanwhile
             if store is None:
-                _pack(path, root, tiles, greys, signature)
+                _pack(path, root, tiles, mask_values, signature)
                 store = _read_store(path, signature)
     if store is None:
         raise UserError(f"{path}: was changed by another program as soon as it was packed; run the command again")
     return store
 
 
-def _signature(root: Path, tiles: Sequence[Tile], greys: Sequence[int]) -> str:
-    digest = hashlib.sha256(repr(list(greys)).encode())
+def _signature(root: Path, tiles: Sequence[Tile], mask_values: Sequence[int]) -> str:
+    digest = hashlib.sha256(repr(list(mask_values)).encode())
     for tile in tiles:
         for name in (tile.image, tile.mask):
-            with _explained(root / name):
+            with reading(root / name):
                 stat = (root / name).stat()
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()
@@ -493,21 +364,21 @@ def _read_store(path: Path, signature: str) -> Store | None:
         return None
 
 
-def _pack(path: Path, root: Path, tiles: Sequence[Tile], greys: Sequence[int], signature: str) -> None:
+def _pack(path: Path, root: Path, tiles: Sequence[Tile], mask_values: Sequence[int], signature: str) -> None:
     height, width = picture_size(root / tiles[0].image)
-    sums = np.empty((len(tiles), 6 + len(greys)), "<i8")
+    sums = np.empty((len(tiles), 6 + len(mask_values)), "<i8")
     header = {"format": STORE_FORMAT, "shape": [len(tiles), height, width, 4], "sums": sums.shape,
               "signature": signature}
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(json.dumps(header).encode().ljust(HEADER_BYTES))
         with Progress("pack tiles", len(tiles), "tile") as progress:
             for i, tile in enumerate(tiles):
-                image, mask = read_pair(root, tile, greys)
+                image, mask = read_pair(root, tile, mask_values)
                 if mask.shape != (height, width):
                     raise UserError(f"{root / tile.image}: {mask.shape[0]} x {mask.shape[1]} pixels, but "
                                     f"{root / tiles[0].image} has {height} x {width}; tiles must be of one size")
                 file.write(np.dstack([image, mask]).tobytes())
-                sums[i] = sums_of(image, mask, len(greys))
+                sums[i] = sums_of(image, mask, len(mask_values))
                 progress.advance()
         file.write(sums.tobytes())
 
@@ -519,7 +390,7 @@ def sums_of(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
                            np.bincount(mask.ravel(), minlength=classes)])
 
 
-# ---------------------------------------------------------------------------------------------- the training set
+# ---------------------------------------------------------------------------------------------- statistics
 
 @dataclass(frozen=True)
 class Statistics:
@@ -535,7 +406,7 @@ class Statistics:
                    zip(asdict(self).values(), asdict(other).values(), strict=True))
 
 
-def measure(sums: np.ndarray) -> Statistics:
+def statistics_of(sums: np.ndarray) -> Statistics:
     """Channel mean, standard deviation and class frequencies of the tiles whose `Store.sums` (n, 6 + K) are given."""
     total = [int(number) for number in sums.sum(axis=0)]  # exact, however many tiles there are
     values, squares, counts = total[:3], total[3:6], total[6:]
@@ -545,144 +416,3 @@ def measure(sums: np.ndarray) -> Statistics:
     return Statistics([value / (255 * pixels) for value in values],
                       [math.sqrt(max(variance, 1e-12)) for variance in variances],
                       [count / pixels for count in counts])
-
-
-def normalise(pixels: "Tensor", statistics: Statistics) -> "Tensor":
-    """Images (B, H, W, 3) uint8 to the network's input (B, 3, H, W) in the device's memory layout (section 5.1.1)."""
-    from common.devices import memory_format
-
-    shares = pixels / 255
-    mean, std = _constants(*map(tuple, (statistics.mean, statistics.std)), shares.dtype, shares.device)
-    return ((shares - mean) / std).movedim(-1, 1).contiguous(memory_format=memory_format(pixels.device))
-
-
-@lru_cache(maxsize=16)
-def _constants(mean: tuple, std: tuple, dtype: "torch.dtype", device: "torch.device") -> "tuple[Tensor, Tensor]":
-    """Made once: a GPU would have to wait for every copy."""
-    import torch
-
-    return torch.tensor(mean, dtype=dtype, device=device), torch.tensor(std, dtype=dtype, device=device)
-
-
-def draw_folds(groups: Sequence[str], folds: int, images_per_epoch: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """`folds` arrays of `images_per_epoch / folds` row numbers each; no group is in two of them (section 5.1.2).
-
-    The groups ("" = the tile alone) are dealt in random order, each to the fold with the fewest tiles. A fold with
-    more tiles than it needs takes a random part of them; one with fewer repeats them, which gives them other crops.
-    """
-    members = _tiles_by_group([group or f"tile {i}" for i, group in enumerate(groups)])
-    if len(members) < folds:
-        raise UserError(f"{len(groups)} training tiles of {len(members)} groups cannot fill {folds} folds without "
-                        f"cutting a group: set train.folds to at most {len(members)}, or add slides or patients")
-    random = generator(seed, epoch, 0, "folds")
-    dealt: list[list[int]] = [[] for _ in range(folds)]
-    for i in random.permutation(len(members)):
-        min(dealt, key=len).extend(members[i])
-    return [np.resize(random.permutation(rows), images_per_epoch // folds) for rows in dealt]
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Windows into the store, one for each image that passes through the network; all arrays (n,)."""
-
-    rows: np.ndarray
-    top: np.ndarray
-    left: np.ndarray
-    flip_vertical: np.ndarray  # upside down
-    flip_horizontal: np.ndarray  # left and right swapped
-    size: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batches(self, store: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-        """(B, size, size, 4) uint8 batches in order; the last one may be smaller."""
-        for part in self._parts(batch_size):
-            batch = np.empty((len(part), self.size, self.size, 4), np.uint8)
-            self.cut(store, part, batch)
-            yield batch
-
-    def cut(self, store: np.ndarray, part: range, batch: np.ndarray) -> None:
-        """Fill a batch (B, size, size, 4) uint8 with the crops `part`."""
-        pixels = store.view(np.uint32)[..., 0]  # (N, H, W): one number is copied faster than four
-        for target, i in zip(batch.view(np.uint32)[..., 0], part, strict=True):
-            top, left = self.top[i], self.left[i]
-            window = pixels[self.rows[i], top:top + self.size, left:left + self.size]
-            step = (-1 if self.flip_vertical[i] else 1), (-1 if self.flip_horizontal[i] else 1)
-            target[:] = window[::step[0], ::step[1]]
-
-    def batches_on(self, device: "torch.device", store: "np.ndarray | Tensor", batch_size: int) -> "Iterator[Tensor]":
-        """The same batches on a device: made there where the store lies there, else copied without waiting."""
-        import torch
-
-        if isinstance(store, torch.Tensor):
-            yield from self._gather(store, batch_size)
-            return
-        page_locked = device.type == "cuda"  # memory that a GPU copies from by itself; torch keeps it until it has
-        for part in self._parts(batch_size):
-            batch = torch.empty((len(part), self.size, self.size, 4), dtype=torch.uint8, pin_memory=page_locked)
-            self.cut(store, part, batch.numpy())
-            yield batch.to(device, non_blocking=page_locked)
-
-    def _gather(self, store: "Tensor", batch_size: int) -> "Iterator[Tensor]":
-        import torch
-
-        def lines(first: np.ndarray, flip: np.ndarray) -> "Tensor":                  # (n, size) of the tile
-            line = np.arange(self.size)
-            return torch.from_numpy(first[:, None] + np.where(flip[:, None], line[::-1], line)).to(store.device)
-
-        pixels = store.view(torch.int32)[..., 0]                                     # (N, H, W)
-        rows = torch.from_numpy(self.rows).to(store.device)[:, None, None]
-        y, x = lines(self.top, self.flip_vertical)[:, :, None], lines(self.left, self.flip_horizontal)[:, None]
-        for start in range(0, len(self), batch_size):
-            part = slice(start, start + batch_size)
-            yield pixels[rows[part], y[part], x[part]][..., None].view(torch.uint8)
-
-    def _parts(self, batch_size: int) -> list[range]:
-        return [range(len(self))[start:start + batch_size] for start in range(0, len(self), batch_size)]
-
-
-def store_on(device: "torch.device", store: np.ndarray) -> "np.ndarray | Tensor":
-    """The store on a GPU where a quarter of its free memory holds it; else the memory-mapped one as it is."""
-    import torch
-
-    if device.type != "cuda" or 4 * store.nbytes > torch.cuda.mem_get_info(device)[0]:
-        return store
-    return copied_to(device, store)
-
-
-def copied_to(device: "torch.device", store: np.ndarray, at_once: int = 64) -> "Tensor":
-    """(N, H, W, 4) uint8 on a device, some tiles at a time."""
-    import torch
-
-    copy = torch.empty(store.shape, dtype=torch.uint8, device=device)
-    with Progress("copy tiles to the GPU", len(store), "tile") as progress:
-        for start in range(0, len(store), at_once):
-            tiles = np.array(store[start:start + at_once])
-            copy[start:start + at_once] = torch.from_numpy(tiles)
-            progress.advance(len(tiles))
-    return copy
-
-
-def training_crops(folds: Sequence[np.ndarray], fold: int, tile_size: tuple[int, int], size: int,
-                   seed: int, epoch: int) -> Crops:
-    """All folds but `fold`, shuffled, with random windows and independent flips (section 5.1.1)."""
-    random = generator(seed, epoch, fold, "training crops")
-    rows = random.permutation(np.concatenate([rows for i, rows in enumerate(folds) if i != fold]))
-    top, left = _windows(random, len(rows), tile_size, size)
-    flips = random.random((2, len(rows))) < 0.5
-    return Crops(rows, top, left, flips[0], flips[1], size)
-
-
-def validation_crops(folds: Sequence[np.ndarray], fold: int, tile_size: tuple[int, int], size: int,
-                     seed: int, epoch: int) -> Crops:
-    """The fold itself: one random window an image, no flips."""
-    top, left = _windows(generator(seed, epoch, fold, "validation crops"), len(folds[fold]), tile_size, size)
-    upright = np.zeros(len(folds[fold]), bool)
-    return Crops(folds[fold], top, left, upright, upright, size)
-
-
-def _windows(random: np.random.Generator, count: int, tile_size: tuple[int, int],
-             size: int) -> tuple[np.ndarray, np.ndarray]:
-    height, width = tile_size
-    return random.integers(0, height - size + 1, count), random.integers(0, width - size + 1, count)

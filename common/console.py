@@ -23,6 +23,12 @@ class UserError(Exception):
     """Something the user can fix. The message says what was expected, what came, where, and what to do."""
 
 
+def check(condition: bool, message: str) -> None:
+    """Raise a `UserError` with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 class Progress:
     """A bar on a terminal; elsewhere (log file, batch queue) a plain line now and then.
 

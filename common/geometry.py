@@ -13,8 +13,6 @@ either side of the field, `up` halves it and the pooling doubles it.
 from dataclasses import dataclass
 from itertools import groupby
 
-from common.console import table
-
 
 def receptive_field(levels: int, position: int, path: int | None = None, ties: bool = False) -> tuple[int, int]:
     """First and last input pixel that the output pixel at `position` depends on, along one axis, far from borders.
@@ -101,45 +99,3 @@ def alignments(levels: int, path: int | None = None) -> list[tuple[list[int], in
     """Alignments that share a field, with its first and last pixel as seen from alignment 0 of their block."""
     fields = [(receptive_field(levels, p, path), p) for p in range(multiple(levels))]
     return [([p for _, p in members], *field) for field, members in groupby(fields, key=lambda pair: pair[0])]
-
-
-# ---------------------------------------------------------------------------------------------- said to a person
-
-PADDED_SIZES = (256, 500, 512)  # the report's crops, tiles and canvases
-
-
-def sizes(levels: int, path: int | None = None) -> str:
-    """The pixels of a field along one axis, e.g. "188 or 204"."""
-    return " or ".join(map(str, sorted({size(levels, p, path) for p in range(multiple(levels))})))
-
-
-def path_names(levels: int) -> list[str]:
-    return [*(f"skip of level {level}" for level in range(1, levels)), "bottleneck"]
-
-
-def describe(name: str, levels: int) -> str:
-    """Field, paths and padding of a network as tables."""
-    block = multiple(levels)
-
-    def place(offset: int) -> str:
-        return f"{block} b {'-' if offset < 0 else '+'} {abs(offset)}"
-
-    fields = [[_span(members), f"{place(first)} to {place(last)}", str(last - first + 1),
-               _span([p - first for p in members]), _span([last - p for p in members])]
-              for members, first, last in alignments(levels)]
-    paths = [[path, sizes(levels, number), f"{area(levels, number):,.0f}"]
-             for number, path in enumerate(path_names(levels), start=1)]
-    padding = [[f"{length} x {length}", *(f"{padded_share(levels, length, length, canvas):.1%}"
-                                          for canvas in (True, False))] for length in PADDED_SIZES]
-    cut = smallest_cut(levels).size
-    return "\n".join([
-        f"{name}: {levels} level{'s' * (levels > 1)}. Along each axis the output pixel p = {block} b + r depends on",
-        "", table(["r", "input pixels", "how many", "before p", "behind p"], fields),
-        "", table(["path by the", "pixels along an axis", "area, mean"], paths),
-        "", table(["tile", "pixels that see padding", "padding or mirrored pixels"], padding),
-        "", f"An input of {cut} x {cut} holds the whole field of its central pixels, whatever r is."])
-
-
-def _span(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"

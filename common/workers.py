@@ -21,7 +21,6 @@ AHEAD = 4  # chunks a worker may be ahead of the reader, which bounds the memory
 MOST_WORKERS = 61 if os.name == "nt" else sys.maxsize  # Windows waits for no more handles than this
 CGROUP = Path("/sys/fs/cgroup")
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
-
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
@@ -45,10 +44,10 @@ def _container_cores(folder: Path) -> int | None:
 
 
 @contextmanager
-def spread(workers: int) -> Iterator[Map]:
+def worker_map(workers: int) -> Iterator[Map]:
     """A `map` over `workers` processes, whose results come in order; with one worker it runs in this process.
 
-    >>> with spread(workers=2) as over:
+    >>> with worker_map(workers=2) as over:
     ...     list(over(abs, [-1, 2]))
     [1, 2]
     """
@@ -57,7 +56,7 @@ def spread(workers: int) -> Iterator[Map]:
         return
     workers = min(workers, MOST_WORKERS)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt)
-    with single_threaded(), deaf_to_interrupts():  # they share the cores
+    with single_threaded(), ignoring_interrupts():  # they share the cores
         for _ in range(workers):
             pool.submit(int)  # each starts a worker, as long as none is ready yet
 
@@ -88,7 +87,7 @@ def single_threaded() -> Iterator[None]:
 
 
 @contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
+def ignoring_interrupts() -> Iterator[None]:
     """Processes that start here have no ear for Ctrl-C: only their parent speaks."""
     main = threading.current_thread() is threading.main_thread()  # no other may touch signals
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None

@@ -9,19 +9,15 @@ left out of means). A class that is missed or invented has the worst score: 0, o
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
-from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 BINS = 15  # of confidence
 SURFACE_SCORES = ("hausdorff", "hd95", "surface_dice")
-RESAMPLES = 2000
-FEWEST_GROUPS = 5  # with fewer, no interval covers the truth as often as it says
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,6 @@ class Tally:
         """(N,) mean hard Dice over the classes that a tile's truth or prediction has."""
         return mean_present(dice(self.confusion))
 
-
-# ---------------------------------------------------------------------------------------------- counts of a tile
 
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     """Pixels (B, K, K) int64 of class [truth, prediction]; both (B, H, W) hold class indices."""
@@ -99,8 +93,6 @@ def _surface(mask: np.ndarray) -> np.ndarray:
     surface[1:-1, 1:-1] &= ~(mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:])
     return surface
 
-
-# ---------------------------------------------------------------------------------------------- scores of counts
 
 def dice(counts: np.ndarray) -> np.ndarray:
     """Hard Dice of each class (..., K), equation 5: 2 |A and B| / (|A| + |B|)."""
@@ -163,8 +155,6 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         return np.where(denominator > 0, numerator / np.asarray(denominator, float), np.nan)
 
 
-# ---------------------------------------------------------------------------------------------- scores of a model
-
 BY_CLASS = {"dice": dice, "iou": iou, "precision": precision, "recall": recall}
 
 
@@ -204,32 +194,3 @@ def scores(tally: Tally, weights: np.ndarray) -> dict[str, np.ndarray]:
     found |= {f"tile_{name}": mean_over_tiles(by_tile[name]) for name in (*BY_CLASS, *SURFACE_SCORES)}
     return {name: values if values.ndim == 1 else np.column_stack([values, mean_of_classes(values)])
             for name, values in found.items()}
-
-
-def resampled_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
-    """Weights (1 + RESAMPLES, N) of the tiles: first the tiles as they are, then bootstrap samples of whole groups.
-
-    Tiles of one slide or patient resemble each other: they are drawn together or not at all ("" = the tile alone).
-    With fewer groups than `FEWEST_GROUPS` there is the first row only.
-    """
-    names = {name: i for i, name in enumerate(dict.fromkeys(group or i for i, group in enumerate(groups)))}
-    member = [names[group or i] for i, group in enumerate(groups)]                   # (N,)
-    drawn = np.ones((1, len(names)))
-    if len(names) >= FEWEST_GROUPS:
-        random = np.random.default_rng(seed)
-        drawn = np.vstack([drawn, random.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)])
-    return drawn[:, member]
-
-
-def interval(values: np.ndarray, groups: int) -> tuple[float, float] | None:
-    """The 95 % interval of a score whose (1 + R,) values, by `resampled_weights`, rest on so many groups.
-
-    The percentile interval, expanded for few groups (Hesterberg 2015, section 4.6): its ends are those percentiles
-    that would make it Student's interval for a mean. None with fewer than `FEWEST_GROUPS`, and where the
-    score does not exist, or in more than one of twenty samples does not.
-    """
-    samples = values[1:][~np.isnan(values[1:])]
-    if len(values) == 1 or groups < FEWEST_GROUPS or np.isnan(values[0]) or len(samples) < 0.95 * (len(values) - 1):
-        return None
-    end = ndtr(-math.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.975))
-    return tuple(np.quantile(samples, [end, 1 - end]).tolist())

@@ -13,10 +13,10 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from common import figures
+from common import palette
 from common.console import Progress
-from evaluation import report
-from evaluation.report import Evaluation
+from evaluation import report, results
+from evaluation.results import Evaluation
 
 TEMPLATES = Path(__file__).parent
 MOST_TILES = 500  # in the gallery
@@ -39,28 +39,28 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
         contents=contents, header=header, rows=rows,
         remarks=[*report.about_tiles(contents), *report.about_models(contents),
                  *report.about_scores(contents)],
-        class_tables=[class_table(entry, evaluation.classes) for entry in contents["entries"]],
-        confusions=[confusion_table(entry) for entry in contents["entries"]],
+        class_tables=[class_table(candidate, evaluation.classes) for candidate in contents["entries"]],
+        confusions=[confusion_table(candidate) for candidate in contents["entries"]],
         pictures={name: png_address((folder / f"{name}.png").read_bytes()) for name in ("losses", "reliability")
                   if (folder / f"{name}.png").exists()},
-        gallery=gallery(evaluation, places), shown=len(places), total=len(evaluation.questions.tiles),
-        colours=[f"#{bytes(colour).hex()}" for colour in figures.class_colours(len(evaluation.classes))],
-        error_colour=figures.ERROR)
+        gallery=gallery(evaluation, places), shown=len(places), total=len(evaluation.test_set.tiles),
+        colours=[f"#{bytes(colour).hex()}" for colour in palette.class_colours(len(evaluation.classes))],
+        error_colour=palette.ERROR)
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 
-def class_table(entry: dict, classes: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
+def class_table(candidate: dict, classes: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
     """Rows (score, cells of each class and of their mean, the same of the differences to the first entry or none)."""
     rows = []
-    for name in entry["scores"]:
+    for name in candidate["scores"]:
         measure = name.removeprefix("tile_")
         cells, differences = (
             [_cell(score, f"{sign}.{_digits(measure)}f") for score in
              ([None] * len(classes) + [scores] if name in WITHOUT_CLASSES else
               [scores[column] for column in (*classes, "mean")])] if scores else []
-            for sign, scores in (("", entry["scores"][name]), ("+", entry["difference_to_first"].get(name))))
+            for sign, scores in (("", candidate["scores"][name]), ("+", candidate["difference_to_first"].get(name))))
         rows.append((LABELS[measure] + ", mean over tiles" * (name != measure), cells, differences))
-    return rows + [(label, [*map(str, entry[name].values()), ""], []) for name, label in (
+    return rows + [(label, [*map(str, candidate[name].values()), ""], []) for name, label in (
         ("tiles_behind_means", "tiles behind the means"), ("tiles_where_missed", "tiles where it is missed altogether"),
         ("tiles_where_invented", "tiles where it is invented: predicted, not there"))]
 
@@ -78,9 +78,9 @@ def _cell(score: dict | None, form: str) -> str:
                                          f" ({score['low']:{form}} to {score['high']:{form}})")
 
 
-def confusion_table(entry: dict) -> list[list[tuple[int, float | None]]]:
+def confusion_table(candidate: dict) -> list[list[tuple[int, float | None]]]:
     """Pixels, and share of the true class's pixels, by true class and predicted class."""
-    return [[(count, count / sum(row) if sum(row) else None) for count in row] for row in entry["confusion"]]
+    return [[(count, count / sum(row) if sum(row) else None) for count in row] for row in candidate["confusion"]]
 
 
 # ---------------------------------------------------------------------------------------------- the gallery
@@ -93,20 +93,20 @@ def gallery_places(evaluation: Evaluation) -> list[int]:
 
 def gallery(evaluation: Evaluation, places: list[int]) -> dict:
     """What the page's script shows: names, scores and thumbnails of the tiles `places`."""
-    scores = [report.tile_scores(evaluation, entry) for entry in range(len(evaluation.entries))]
+    scores = [results.tile_columns(evaluation, candidate) for candidate in range(len(evaluation.candidates))]
     names = list(max(scores, key=len))
     _, spread = evaluation.ranked()
     side = _side(evaluation, places)
     tiles = []
     with Progress("draw gallery", len(places), "tile") as progress:
         for i in places:
-            tile = evaluation.questions.tiles[i]
+            tile = evaluation.test_set.tiles[i]
             tiles.append({"key": tile.key, "group": tile.group, "spread": _json_number(spread[i]),
                           "scores": [[_json_number(columns[name][i]) if name in columns else None for name in names]
                                      for columns in scores]} | thumbnails(evaluation, i, side))
             progress.advance()
-    return {"entries": [entry.name for entry in evaluation.entries], "tiles": tiles,
-            "scale": min(1, side / max(evaluation.questions.store.shape[1:3])),
+    return {"entries": [candidate.name for candidate in evaluation.candidates], "tiles": tiles,
+            "scale": min(1, side / max(evaluation.test_set.store.shape[1:3])),
             "scores": [_described(name) for name in names]}
 
 
@@ -138,7 +138,7 @@ def thumbnails(evaluation: Evaluation, i: int, side: int) -> dict:
     image, target = evaluation.tile(i)
     scale = min(1, side / max(target.shape))
     size = tuple(max(1, round(length * scale)) for length in target.shape[::-1])     # (width, height)
-    colours = figures.class_colours(len(evaluation.classes))
+    colours = palette.class_colours(len(evaluation.classes))
 
     def shrunk(labels: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
@@ -146,8 +146,8 @@ def thumbnails(evaluation: Evaluation, i: int, side: int) -> dict:
     photo = io.BytesIO()
     Image.fromarray(image).resize(size, Image.Resampling.BOX).save(photo, "JPEG", quality=80)
     truth = shrunk(target)
-    predictions = [shrunk(evaluation.predicted(entry, i)) for entry in range(len(evaluation.entries))]
-    wrong = np.array([[255, 255, 255], figures.rgb(figures.ERROR)])
+    predictions = [shrunk(evaluation.predicted(candidate, i)) for candidate in range(len(evaluation.candidates))]
+    wrong = np.array([[255, 255, 255], palette.rgb(palette.ERROR)])
     return {"image": _address("jpeg", photo.getvalue()), "truth": palette_address(truth, colours),
             "predictions": [palette_address(answer, colours) for answer in predictions],
             "errors": [palette_address((answer != truth).astype(np.uint8), wrong, transparent=0)

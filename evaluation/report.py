@@ -15,144 +15,33 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import figures
+from common import bootstrap, palette
 from common.console import UserError, markdown_table, table
 from common.files import write_text
-from dataset import read_mask
-from evaluation import metrics
-from evaluation.entries import Entry, Questions
-from evaluation.metrics import Tally
+from evaluation import figures, metrics
+from evaluation.results import Evaluation, results, tile_columns
+from evaluation.test_set import TestSet
 
 FEW_GROUPS = 10  # with fewer, intervals are rough
 DIFFERING = 3  # tiles on which the entries differ most, in tiles.png
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What the entries answered: everything that is written follows from it."""
-
-    questions: Questions
-    entries: list[Entry]
-    tallies: list[Tally]
-    labels: list[dict[str, Path]]  # of each entry, the label image of each tile's key
-    tolerance: float  # pixels, of the surface Dice
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.questions.config.data.classes
-
-    @property
-    def groups(self) -> int:
-        """How many slides or patients the tiles come from, a tile without one being its own; 0 where none is known."""
-        tiles = self.questions.tiles
-        return len({tile.group or tile for tile in tiles}) if any(tile.group for tile in tiles) else 0
-
-    def ranked(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers (N,) of the tiles from the lowest mean accuracy to the highest, and how far the entries differ."""
-        accuracy = np.stack([metrics.pixel_accuracy(tally.confusion) for tally in self.tallies])
-        return np.argsort(accuracy.mean(0), kind="stable"), np.ptp(accuracy, axis=0)
-
-    def predicted(self, entry: int, tile: int) -> np.ndarray:
-        """Class indices (H, W) uint8."""
-        return read_mask(self.labels[entry][self.questions.tiles[tile].key], self.questions.config.data.greys)
-
-    def tile(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, 3) and class indices (H, W), uint8."""
-        pixels = self.questions.store[self.questions.rows[i]]
-        return pixels[..., :3], pixels[..., 3]
-
-
-# ---------------------------------------------------------------------------------------------- numbers
-
-def results(evaluation: Evaluation) -> dict:
-    """The contents of scores.json; a score that does not exist is null."""
-    asked, classes = evaluation.questions, evaluation.classes
-    weights = metrics.resampled_weights([tile.group for tile in asked.tiles])
-    units = evaluation.groups or len(asked.tiles)
-    scores = [metrics.scores(tally, weights) for tally in evaluation.tallies]
-    present = [(tally.confusion.sum(1) > 0) | (tally.confusion.sum(2) > 0) for tally in evaluation.tallies]  # (N, K)
-
-    def groups_with(having: np.ndarray) -> list[int]:
-        """How many groups have each class, by the tiles (N, K) that have it."""
-        return [len({tile.group or tile for tile, has in zip(asked.tiles, column, strict=True) if has})
-                for column in having.T]
-
-    def named(values: np.ndarray, groups: Sequence[int]) -> dict:
-        """Value and interval of samples (R,), or of each class, which so many groups have, and of their mean."""
-        def number(samples: np.ndarray, units: int) -> dict:
-            low, high = metrics.interval(samples, units) or (math.nan, math.nan)
-            return {"value": _number(samples[0]), "low": _number(low), "high": _number(high)}
-
-        if values.ndim == 1:
-            return number(values, units)
-        return {name: number(values[:, k], of) for k, (name, of) in
-                enumerate(zip([*classes, "mean"], [*groups, units], strict=True))}
-
-    constant, dice = metrics.best_constant(evaluation.tallies[0].confusion.sum(0))
-    rows = []
-    for entry, tally, found, having in zip(evaluation.entries, evaluation.tallies, scores, present, strict=True):
-        truth, predicted = tally.confusion.sum(2) > 0, tally.confusion.sum(1) > 0    # (N, K) both
-        shared = [name for name in found if name in scores[0]]
-        groups, of_either = groups_with(having), groups_with(having | present[0])
-        rows.append({
-            "name": entry.name, "source": str(entry.source), **entry.facts(),
-            "scores": {name: named(values, groups) for name, values in found.items()},
-            "difference_to_first": {} if entry is evaluation.entries[0] else
-            {name: named(found[name] - scores[0][name], of_either) for name in shared},
-            **{what: dict(zip(classes, which.sum(0).tolist(), strict=True)) for what, which in
-               (("tiles_behind_means", having), ("tiles_where_missed", truth & ~predicted),
-                ("tiles_where_invented", predicted & ~truth))},
-            "confusion": tally.confusion.sum(0).tolist(),
-            "reliability": None if tally.calibration is None else
-            dict(zip(("pixels", "confidence", "right"), tally.calibration.sum(0).tolist(), strict=True)),
-        })
-    return {
-        "data_root": asked.config.data.root, "tiles_identity": asked.identity, "split": asked.split,
-        "tiles": len(asked.tiles), "groups": evaluation.groups, "classes": list(classes), "doubts": asked.doubts,
-        "surface_dice_tolerance_px": evaluation.tolerance,
-        "intervals": f"95 %, bootstrap of {metrics.RESAMPLES} samples of {'groups' if evaluation.groups else 'tiles'}"
-        if len(weights) > 1 else f"none, since they need {metrics.FEWEST_GROUPS} "
-        f"{'groups' if evaluation.groups else 'tiles'}",
-        "best_constant": {"class": classes[constant], "dice_mean": _number(dice)},
-        "entries": rows,
-    }
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(float(value), 6)
-
-
-def tile_scores(evaluation: Evaluation, entry: int) -> dict[str, np.ndarray]:
-    """Every score of every tile, (N,) each, by the columns of tiles.csv."""
-    columns = {}
-    for name, values in metrics.tile_scores(evaluation.tallies[entry]).items():
-        if values.ndim == 2:
-            columns[f"{name}_mean"] = metrics.mean_present(values)
-            columns |= {f"{name}_{label}": values[:, k] for k, label in enumerate(evaluation.classes)}
-        else:
-            columns[name] = values
-    return columns
-
-
 def write_tile_scores(path: Path, evaluation: Evaluation) -> None:
-    scores = [tile_scores(evaluation, entry) for entry in range(len(evaluation.entries))]
+    scores = [tile_columns(evaluation, candidate) for candidate in range(len(evaluation.candidates))]
     names = max(scores, key=len)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["entry", "key", "group", "split", *names])
-        for entry, columns in zip(evaluation.entries, scores, strict=True):
-            for i, tile in enumerate(evaluation.questions.tiles):
+        for candidate, columns in zip(evaluation.candidates, scores, strict=True):
+            for i, tile in enumerate(evaluation.test_set.tiles):
                 values = [columns[name][i] if name in columns else math.nan for name in names]
-                writer.writerow([entry.name, tile.key, tile.group, tile.split,
+                writer.writerow([candidate.name, tile.key, tile.group, tile.split,
                                  *("" if math.isnan(value) else f"{value:.6f}" for value in values)])
 
-
-# ---------------------------------------------------------------------------------------------- tables 1 and 2
 
 COLUMNS = {  # heading: where it stands in an entry of scores.json, format
     "run": (("name",), "{}"),
@@ -177,10 +66,10 @@ COLUMNS = {  # heading: where it stands in an entry of scores.json, format
 def table_rows(contents: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of table.csv, a row for each entry; what does not exist is empty."""
     rows = []
-    for entry in contents["entries"]:
+    for candidate in contents["entries"]:
         values = []
         for path, form in COLUMNS.values():
-            value = entry
+            value = candidate
             for step in path:
                 value = (value or {}).get(step)
             values.append("" if value is None else form.format(value))
@@ -209,12 +98,12 @@ def about_tiles(contents: dict) -> list[str]:
     of = f" of {groups} group{'s' * (groups > 1)}" if groups else ""
     lines = [*contents["doubts"], f"{contents['tiles']} tile{'s' * (contents['tiles'] > 1)}{of} (split: "
              f"{contents['split']}) of {contents['data_root']}. Intervals: {contents['intervals']}."]
-    if not groups and contents["tiles"] >= metrics.FEWEST_GROUPS:
+    if not groups and contents["tiles"] >= bootstrap.FEWEST_GROUPS:
         lines.append("Slides or patients are not known (data.group), so the intervals take every tile for independent "
                      "and are too narrow if tiles share a slide.")
-    elif metrics.FEWEST_GROUPS <= groups < FEW_GROUPS:
+    elif bootstrap.FEWEST_GROUPS <= groups < FEW_GROUPS:
         lines.append(f"With {groups} groups the intervals are rough.")
-    if any(entry.get("loss") for entry in contents["entries"]):
+    if any(candidate.get("loss") for candidate in contents["entries"]):
         lines.append("Scores, intervals and differences are of these weights: training the same config with another "
                      "seed can change them by as much.")
     return lines
@@ -222,8 +111,11 @@ def about_tiles(contents: dict) -> list[str]:
 
 def about_distances(contents: dict) -> str:
     """How much of HD95 is no distance."""
-    counts = ", ".join(f"{sum(entry['tiles_where_missed'].values())} and {sum(entry['tiles_where_invented'].values())} "
-                       f"times by {entry['name']}" for entry in contents["entries"])
+    def total(row: dict, what: str) -> int:
+        return sum(row[what].values())
+
+    counts = ", ".join(f"{total(row, 'tiles_where_missed')} and {total(row, 'tiles_where_invented')} times by "
+                       f"{row['name']}" for row in contents["entries"])
     return ("HD95 is the mean over tiles, then over classes; where a class of a tile is missed or invented it is the "
             f"tile's diagonal: {counts}.")
 
@@ -236,7 +128,7 @@ def about_scores(contents: dict) -> list[str]:
              about_distances(contents),
              f"Surface Dice is the share of both outlines that lie within {contents['surface_dice_tolerance_px']:g} px "
              "of the other."]
-    if any(entry.get("loss") for entry in contents["entries"]):
+    if any(candidate.get("loss") for candidate in contents["entries"]):
         lines.append("Soft Dice is the report's equation 9, in which a perfect prediction of a tile without one of "
                      "three classes has 0.667.")
     return lines
@@ -244,9 +136,9 @@ def about_scores(contents: dict) -> list[str]:
 
 def about_models(contents: dict) -> list[str]:
     """Which weights gave the answers, and how."""
-    return [f"{entry['name']}: {entry['source']} of epoch {entry['tested_epoch']}"
-            f"{', averaged over the 8 flips and turns' * entry['flips']}. Computed in {entry['precision']}."
-            for entry in contents["entries"] if entry.get("tested_epoch")]
+    return [f"{candidate['name']}: {candidate['source']} of epoch {candidate['tested_epoch']}"
+            f"{', averaged over the 8 flips and turns' * candidate['flips']}. Computed in {candidate['precision']}."
+            for candidate in contents["entries"] if candidate.get("tested_epoch")]
 
 
 def summary(contents: dict) -> str:
@@ -255,14 +147,14 @@ def summary(contents: dict) -> str:
     header = ["run", "soft Dice", "accuracy", "Dice", "95 % interval", *classes, "HD95 px"]
     several = len(contents["entries"]) > 1
     rows = []
-    for entry in contents["entries"]:
-        scores = entry["scores"]
+    for candidate in contents["entries"]:
+        scores = candidate["scores"]
         dice = scores["dice"]
-        rows.append([entry["name"], _shown(scores.get("soft_dice")), _shown(scores["pixel_accuracy"]),
+        rows.append([candidate["name"], _shown(scores.get("soft_dice")), _shown(scores["pixel_accuracy"]),
                      _shown(dice["mean"]), _span(dice["mean"]), *(_shown(dice[name]) for name in classes),
                      _shown(scores["tile_hd95"]["mean"], ".1f")])
         if several:
-            change = entry["difference_to_first"].get("dice", {}).get("mean")
+            change = candidate["difference_to_first"].get("dice", {}).get("mean")
             rows[-1] += [_shown(change, "+.3f"), _span(change, "+.3f")]
     constant = contents["best_constant"]
     rows.append([f"all {constant['class']}", "-", "-", f"{constant['dice_mean']:.3f}"])
@@ -279,15 +171,13 @@ def _span(score: dict | None, form: str = ".3f") -> str:
     return "-" if score is None or score["low"] is None else f"{score['low']:{form}} to {score['high']:{form}}"
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
 def choose_tiles(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[tuple[int, str]]:
     """(number, why) of tiles to draw: those named, else `count` from worst to best and where the entries differ most.
 
     By accuracy: one false pixel of a class that a tile lacks halves its mean Dice, and there is nothing to see.
     """
     if keys:
-        places = {tile.key: i for i, tile in enumerate(evaluation.questions.tiles)}
+        places = {tile.key: i for i, tile in enumerate(evaluation.test_set.tiles)}
         return [(places[key], "") for key in keys]
     order, spread = evaluation.ranked()
     places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
@@ -306,20 +196,18 @@ def draw_tiles(evaluation: Evaluation, keys: Sequence[str], count: int) -> figur
         for number, tally in enumerate(evaluation.tallies):
             accuracy = metrics.pixel_accuracy(tally.confusion[i])
             answers.append((f"Dice {tally.dice[i]:.3f}  accuracy {accuracy:.3f}", evaluation.predicted(number, i)))
-        rows.append((evaluation.questions.tiles[i].key, why, image, target, answers))
-    return figures.tiles(rows, [entry.name for entry in evaluation.entries], evaluation.classes)
+        rows.append((evaluation.test_set.tiles[i].key, why, image, target, answers))
+    return figures.tiles(rows, [candidate.name for candidate in evaluation.candidates], evaluation.classes)
 
 
-def refuse_unknown_keys(questions: Questions, keys: Sequence[str]) -> None:
-    known = {tile.key for tile in questions.tiles}
+def reject_unknown_keys(test_set: TestSet, keys: Sequence[str]) -> None:
+    known = {tile.key for tile in test_set.tiles}
     for key in keys:
         if key not in known:
             some = ", ".join(sorted(known)[:5])
-            raise UserError(f"--tiles {key}: no such tile in {questions.config.data.root} (split: {questions.split}; "
+            raise UserError(f"--tiles {key}: no such tile in {test_set.config.data.root} (split: {test_set.split}; "
                             f"{len(known)} keys, such as {some}); options go behind the runs")
 
-
-# ---------------------------------------------------------------------------------------------- the folder
 
 def write(folder: Path, evaluation: Evaluation, keys: Sequence[str], count: int) -> dict:
     """Write everything but predictions and page into `folder`; returns the contents of scores.json."""
@@ -332,13 +220,13 @@ def write(folder: Path, evaluation: Evaluation, keys: Sequence[str], count: int)
     paragraphs = [markdown_table(*readable_rows(contents)), *about_tiles(contents), *about_models(contents),
                   *about_scores(contents)]
     write_text(folder / "table.md", "\n\n".join(paragraphs) + "\n")
-    figures.save(draw_tiles(evaluation, keys, count), folder / "tiles.png")
-    histories = {f"{entry.name}: {entry.config.loss.name}": entry.history for entry in evaluation.entries
-                 if entry.history}
+    palette.save(draw_tiles(evaluation, keys, count), folder / "tiles.png")
+    histories = {f"{candidate.name}: {candidate.config.loss.name}": candidate.history
+                 for candidate in evaluation.candidates if candidate.history}
     if histories:
-        figures.save(figures.compared_losses(histories), folder / "losses.png")
-    bins = {entry.name: tally.calibration.sum(0) for entry, tally in
-            zip(evaluation.entries, evaluation.tallies, strict=True) if tally.calibration is not None}
+        palette.save(figures.compared_losses(histories), folder / "losses.png")
+    bins = {candidate.name: tally.calibration.sum(0) for candidate, tally in
+            zip(evaluation.candidates, evaluation.tallies, strict=True) if tally.calibration is not None}
     if bins:
-        figures.save(figures.reliability(bins), folder / "reliability.png")
+        palette.save(figures.reliability(bins), folder / "reliability.png")
     return contents

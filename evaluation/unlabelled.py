@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import figures
+from common import palette
 from common.console import Progress, UserError, table
-from common.files import replacing_folder
-from dataset import read_image
-from evaluation.entries import Entry
+from common.pictures import read_image
+from common.result_folders import replacing_folder
+from evaluation import figures
+from evaluation.candidates import Candidate
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PIXELS = 2**28  # 16,384 x 16,384: an image and its answer are held in memory
@@ -52,22 +53,22 @@ def find_images(folder: Path) -> list[Path]:
     return images
 
 
-def predict_folder(entry: Entry, images: Sequence[Path], out: Path, sources: Sequence[Path] = ()) -> list[dict]:
+def predict_folder(candidate: Candidate, images: Sequence[Path], out: Path, sources: Sequence[Path] = ()) -> list[dict]:
     """Predict every image, replace the folder `out`; returns the rows of areas.csv."""
-    data, rows = entry.config.data, []
-    greys = np.array(data.greys, np.uint8)
+    data, rows = candidate.config.data, []
+    mask_values = np.array(data.mask_values, np.uint8)
     with replacing_folder(out, sources) as partial, Progress("predict", len(images), "image") as progress:
         for name in ("labels", "overlays"):
             (partial / name).mkdir()
         for path in images:
             image = np.array(read_image(path, MAX_PIXELS))
-            labels = entry.predictor.labels(torch.from_numpy(image).to(entry.device))
-            Image.fromarray(greys[labels]).save(partial / "labels" / f"{path.stem}.png")
+            labels = candidate.predictor.labels(torch.from_numpy(image).to(candidate.device))
+            Image.fromarray(mask_values[labels]).save(partial / "labels" / f"{path.stem}.png")
             step = -(-max(labels.shape) // OVERLAY)
             small = np.asarray(Image.fromarray(image).reduce(step))
-            overlay = figures.overlay(small, labels[::step, ::step], len(greys))
+            overlay = figures.overlay(small, labels[::step, ::step], len(mask_values))
             Image.fromarray(overlay).save(partial / "overlays" / f"{path.stem}.jpg", quality=90, subsampling=0)
-            pixels = [int((labels == k).sum()) for k in range(len(greys))]  # bincount would take 8 bytes a pixel
+            pixels = [int((labels == k).sum()) for k in range(len(mask_values))]  # bincount would take 8 bytes a pixel
             rows.append({"image": path.name, "height": labels.shape[0], "width": labels.shape[1]}
                         | {f"pixels_{name}": count for name, count in zip(data.classes, pixels, strict=True)}
                         | {f"share_{name}": round(count / labels.size, 6)
@@ -77,7 +78,7 @@ def predict_folder(entry: Entry, images: Sequence[Path], out: Path, sources: Seq
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
-        figures.save(figures.legend(data.classes), partial / "legend.png")
+        palette.save(palette.legend(data.classes), partial / "legend.png")
     return rows
 
 

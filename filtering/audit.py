@@ -45,7 +45,7 @@ def _reaches(value: float | None, limit: float | None) -> bool:
     return value is not None and limit is not None and value >= limit
 
 
-def measure(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[str, float | None]:
+def measure_tile(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[str, float | None]:
     """The columns of tiles.csv for an image (H, W, 3) uint8 and its annotated tissue (H, W) bool, of a pixel or more.
 
     Line 8 of Algorithm 1 divides the glass under annotated tissue by its own count of pixels, which gives 1 always;
@@ -59,8 +59,6 @@ def measure(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[str, 
             "unmarked": float(np.count_nonzero(~(glass | tissue)) / tissue.size),
             "shift_x": shift_x, "shift_y": shift_y, "confidence": confidence}
 
-
-# ---------------------------------------------------------------------------------------------- glass and tissue
 
 def sum_inverted(image: np.ndarray) -> np.ndarray:
     """The darkness of an image (H, W, 3) uint8: 765 less red, green and blue, (H, W) float32, whole numbers."""
@@ -141,8 +139,6 @@ def _inverted(darkness: np.ndarray) -> np.ndarray:
     """255 - the mean of red, green and blue, to the last bit of float64."""
     return 255.0 - (765.0 - darkness.astype(np.float64)) / 3.0
 
-
-# ---------------------------------------------------------------------------------------------- shift of the mask
 
 def misalignment(darkness: np.ndarray, tissue: np.ndarray, sigma: float) -> tuple[float, float, float] | None:
     """How far the mask's tissue (H, W) bool lies off the image's: pixels to the right, pixels down, and a confidence

@@ -14,7 +14,7 @@ from dataset import SPLITS, Tile, read_tiles, rows_of
 SHOWN = 10  # of a long list on the terminal
 
 
-def honour(tiles: Sequence[Tile], before: Sequence[Tile]) -> list[Tile]:
+def apply_manual_edits(tiles: Sequence[Tile], before: Sequence[Tile]) -> list[Tile]:
     """Put verdicts in force: those set by hand in the list `before`, else the proposed ones; notes are kept.
 
     A group stays on one side: that of a tile for which a person chose one, else that of the tiles which the filter
@@ -49,7 +49,7 @@ def _finder(before: Sequence[Tile]) -> Callable[[Tile], Tile | None]:
     return lambda tile: images.get(tile.image) or keys.get(tile.key)
 
 
-def read_before(path: Path) -> list[Tile]:
+def read_earlier_list(path: Path) -> list[Tile]:
     """The list of an earlier run; empty where there is none."""
     if not path.exists():
         return []

@@ -12,18 +12,19 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from common import figures
-from common.config import Config, Filter, to_dict
+from common import palette
+from common.config import Config, Filter
+from common.config_files import to_dict
 from common.console import Progress, markdown_table, table
 from common.files import write_text
 from dataset import DROPPED, SPLITS, Tile, read_pair
-from filtering import audit
+from filtering import audit, figures
+from filtering.pipeline import FilterResult
 
 FOLDER = "filter"
 SHEET = 24  # tiles on a contact sheet
@@ -35,40 +36,23 @@ MEASURED = {  # column: (label, its threshold in config.Filter)
 }
 
 
-@dataclass(frozen=True)
-class Filtered:
-    """What the filter found."""
-
-    tiles: list[Tile]
-    pixels: np.ndarray  # (N, K) of each class; zeros once a tile is known to be corrupt
-    greys: np.ndarray  # (256,) pixels of each grey in all masks
-    size: tuple[int, int]  # height, width of the tiles
-    copies: list[list[str]] = field(default_factory=list)  # keys that show the same image
-
-    @property
-    def kept(self) -> list[int]:
-        return [i for i, tile in enumerate(self.tiles) if tile.split in SPLITS]
-
-
 def measured(tile: Tile, name: str, limits: Filter) -> float | None:
     """A measurement as verdicts use it: an uncertain shift counts as none."""
     uncertain = name == "shift" and (tile.confidence or 0) < limits.min_confidence
     return 0.0 if uncertain and tile.shift is not None else getattr(tile, name)
 
 
-# ---------------------------------------------------------------------------------------------- text
-
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 
-def preflight(result: Filtered, config: Config) -> str:
+def preflight(result: FilterResult, config: Config) -> str:
     """What lies in the folder, in a few lines."""
     tiles, data = result.tiles, config.data
     groups = Counter(tile.group for tile in tiles if tile.group)
     counts = sorted({0, *groups.values()})[1:]
-    shares = result.greys / result.greys.sum()
-    census = [f"{grey} {name} {shares[grey]:.2%}" for name, grey in zip(data.classes, data.greys, strict=True)]
-    strange = np.setdiff1d(np.flatnonzero(result.greys), data.greys)
+    shares = result.mask_values / result.mask_values.sum()
+    census = [f"{grey} {name} {shares[grey]:.2%}" for name, grey in zip(data.classes, data.mask_values, strict=True)]
+    strange = np.setdiff1d(np.flatnonzero(result.mask_values), data.mask_values)
     if strange.size:
         census.append(f"of no class {', '.join(map(str, strange[:8]))}{', …' * (strange.size > 8)} "
                       f"{shares[strange].sum():.2%}")
@@ -83,7 +67,7 @@ def preflight(result: Filtered, config: Config) -> str:
     ])
 
 
-def copies(result: Filtered) -> list[str]:
+def copies(result: FilterResult) -> list[str]:
     """One line on the images that stand under several keys, if there are any."""
     groups = {tile.key: tile.group for tile in result.tiles}
     across = sum(len({groups[key] for key in keys}) > 1 for keys in result.copies)
@@ -91,7 +75,7 @@ def copies(result: Filtered) -> list[str]:
     return [f"copies: {images} under more than one key, {across} in more than one group"] if result.copies else []
 
 
-def verdicts(result: Filtered, classes: Sequence[str], as_table: Table = table) -> str:
+def verdicts(result: FilterResult, classes: Sequence[str], as_table: Table = table) -> str:
     """Tiles, groups and class shares by verdict."""
     tiles, rows = result.tiles, []
     for name, wanted in (*((split, (split,)) for split in SPLITS), ("kept", SPLITS),
@@ -111,7 +95,7 @@ def _shares(pixels: np.ndarray) -> list[str]:
     return [f"{share:.1%}" for share in total / total.sum()] if total.any() else ["-"] * pixels.shape[1]
 
 
-def _by_group(result: Filtered, classes: Sequence[str]) -> str:
+def _by_group(result: FilterResult, classes: Sequence[str]) -> str:
     """A row a group, those that lost the largest share first."""
     members: dict[str, list[int]] = {}
     for i, tile in enumerate(result.tiles):
@@ -130,7 +114,7 @@ def _by_group(result: Filtered, classes: Sequence[str]) -> str:
                           [row for _, row in rows])
 
 
-def summary(result: Filtered, config: Config, changes: Sequence[str], pictures: Sequence[str]) -> str:
+def summary(result: FilterResult, config: Config, changes: Sequence[str], pictures: Sequence[str]) -> str:
     """The Markdown of summary.md; `changes` are sentences on verdicts set by hand."""
     tiles, limits = result.tiles, config.filter
     settings = [[name, "off" if value is None else str(value)] for name, value in to_dict(limits).items()]
@@ -160,9 +144,7 @@ def summary(result: Filtered, config: Config, changes: Sequence[str], pictures: 
     return "\n\n".join(parts) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-def histograms(result: Filtered, limits: Filter) -> figures.Figure:
+def histograms(result: FilterResult, limits: Filter) -> figures.Figure:
     panels = []
     for name, (label, limit) in MEASURED.items():
         values = [[value for tile in result.tiles if (tile.split in SPLITS) == kept
@@ -171,7 +153,7 @@ def histograms(result: Filtered, limits: Filter) -> figures.Figure:
     return figures.histograms(panels)
 
 
-def sheets(result: Filtered, limits: Filter) -> dict[str, tuple[str, list[Tile]]]:
+def sheets(result: FilterResult, limits: Filter) -> dict[str, tuple[str, list[Tile]]]:
     """File name: (title, tiles) of every contact sheet."""
     kept = [result.tiles[i] for i in result.kept]
     found = {}
@@ -204,7 +186,7 @@ def nearness(tile: Tile, limits: Filter) -> float:
 
 def draw(tile: Tile, config: Config) -> tuple[str, np.ndarray]:
     """Caption and thumbnail of a tile."""
-    image, mask = read_pair(Path(config.data.root), tile, config.data.greys)
+    image, mask = read_pair(Path(config.data.root), tile, config.data.mask_values)
     glass = audit.find_glass(audit.sum_inverted(image), config.filter)
     numbers = [f"foreground {tile.foreground:.1%}"]
     if tile.blank is not None:
@@ -218,7 +200,7 @@ def draw(tile: Tile, config: Config) -> tuple[str, np.ndarray]:
     return "\n".join([key, *numbers]), figures.annotated(image, mask, glass, len(config.data.classes))
 
 
-def write(folder: Path, result: Filtered, config: Config, changes: Sequence[str], before: Path) -> None:
+def write(folder: Path, result: FilterResult, config: Config, changes: Sequence[str], before: Path) -> None:
     """Fill an empty folder: summary, histograms, contact sheets, settings, and the list `before` that is replaced."""
     contents = sheets(result, config.filter)
     with Progress("draw sheets", sum(len(tiles) for _, tiles in contents.values()), "tile") as progress:
@@ -227,8 +209,8 @@ def write(folder: Path, result: Filtered, config: Config, changes: Sequence[str]
             for tile in tiles:
                 cells.append(draw(tile, config))
                 progress.advance()
-            figures.save(figures.contact_sheet(cells, title, config.data.classes), folder / name)
-    figures.save(histograms(result, config.filter), folder / "histograms.png")
+            palette.save(figures.contact_sheet(cells, title, config.data.classes), folder / name)
+    palette.save(histograms(result, config.filter), folder / "histograms.png")
     write_text(folder / "summary.md", summary(result, config, changes, list(contents)))
     write_text(folder / "settings.yaml", yaml.safe_dump({"filter": to_dict(config.filter)}, sort_keys=False))
     if before.exists():

@@ -75,7 +75,7 @@ def tiny(tiles_root):
 def trained_once(tmp_path_factory) -> Path:
     """A folder with tiles, and the run of `tiny_config` after one epoch."""
     import train
-    from common.config import apply_overrides
+    from common.config_files import apply_overrides
 
     folder = tmp_path_factory.mktemp("trained")
     write_pairs(folder / "tiles", 12, slides=6)

@@ -38,10 +38,22 @@ def write_pairs(root: Path, count: int, size: tuple[int, int] = (48, 40), seed: 
 
 def tiny_config(root: Path):
     """A config that trains in a second on the tiles in `root`, whose list is written."""
-    import data_filter
-    from common import config
+    from common import config, config_files
     from dataset import TILE_LIST, write_tiles
+    from filtering import pipeline
 
-    settings = config.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={root}"])
-    write_tiles(root / TILE_LIST, data_filter.filter_tiles(settings).tiles)
+    settings = config_files.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={root}"])
+    write_tiles(root / TILE_LIST, pipeline.filter_tiles(settings).tiles)
     return settings
+
+
+def numpy_batches(crops, store: np.ndarray, batch_size: int):
+    """The batches (B, size, size, 4) uint8 of crops, each window cut by NumPy alone."""
+    for start in range(0, len(crops), batch_size):
+        batch = []
+        for i in range(start, min(start + batch_size, len(crops))):
+            top, left = crops.top[i], crops.left[i]
+            window = store[crops.rows[i], top:top + crops.size, left:left + crops.size]
+            window = np.flip(window, 0) if crops.flip_vertical[i] else window
+            batch.append(np.flip(window, 1) if crops.flip_horizontal[i] else window)
+        yield np.stack(batch)

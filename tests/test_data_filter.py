@@ -13,9 +13,10 @@ from PIL import Image
 import data_filter
 from common.config import Config, Data, Filter
 from common.console import UserError
-from common.files import names
-from data_filter import filter_tiles, mark_copies
+from common.result_folders import names_in
 from dataset import SPLITS, Tile, read_tiles, write_tiles
+from filtering import pipeline
+from filtering.pipeline import FilterResult, filter_tiles, mark_copies
 from filtering.report import copies, nearness, sheets, verdicts
 
 
@@ -72,9 +73,9 @@ def test_thresholds_are_those_of_the_config(tmp_path):
 
 def test_the_sparse_rule_spares_decoding_the_image(tmp_path, monkeypatch):
     config = planted(tmp_path)
-    read, original = [], data_filter.read_pair
-    monkeypatch.setattr(data_filter, "read_pair", lambda root, tile, greys: read.append(tile.key)
-                        or original(root, tile, greys))
+    read, original = [], pipeline.read_pair
+    monkeypatch.setattr(pipeline, "read_pair", lambda root, tile, mask_values: read.append(tile.key)
+                        or original(root, tile, mask_values))
     filter_tiles(config)
     assert sorted(read) == ["a-good", "b-above", "c-glass", "c-good"]
 
@@ -83,7 +84,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     config = planted(tmp_path)
     ours, theirs = filter_tiles(config, workers=1), filter_tiles(config, workers=2)
     assert ours.tiles == theirs.tiles and ours.copies == theirs.copies
-    assert (ours.pixels == theirs.pixels).all() and (ours.greys == theirs.greys).all()
+    assert (ours.pixels == theirs.pixels).all() and (ours.mask_values == theirs.mask_values).all()
 
 
 # ---------------------------------------------------------------------------------------------- copies
@@ -161,8 +162,8 @@ def test_masks_in_other_greys_are_the_configs_fault_and_counted(tmp_path):
         mask[:24] = 255
         mask[:12] = 128
         Image.fromarray(mask).save(path)
-    with pytest.raises(UserError, match=r"8 of 8 masks hold greys .* 0 \(50.0% of the pixels, in 8 masks\), 128 "
-                                        r"\(25.0%.*Try data.greys=\[0,128,255\]"):
+    with pytest.raises(UserError, match=r"8 of 8 masks hold values .* 0 \(50.0% of the pixels, in 8 masks\), 128 "
+                                        r"\(25.0%.*Try data.mask_values=\[0,128,255\]"):
         filter_tiles(Config(data=Data(root=str(tmp_path))))
 
 
@@ -223,6 +224,7 @@ def heed_interrupts():
 HELD = """
 import sys, time
 from common import console
+from filtering import pipeline, report
 import data_filter
 
 class Progress(console.Progress):
@@ -234,7 +236,7 @@ class Progress(console.Progress):
 
 if __name__ == "__main__":
     WHEN = sys.argv.pop(1)
-    data_filter.Progress = data_filter.report.Progress = Progress
+    pipeline.Progress = report.Progress = Progress
     console.run(data_filter.main)
 """
 
@@ -351,7 +353,7 @@ def test_the_report_shows_counts_groups_and_every_reason(tmp_path, here):
         out = here("data_filter.py", "--config", "x.yaml", cwd=tmp_path)
         assert out.returncode == 0, out.stderr
     folder = tmp_path / "tiles/filter"
-    assert set(names(folder).split(", ")) == {
+    assert set(names_in(folder).split(", ")) == {
         "summary.md", "settings.yaml", "histograms.png", "kept_near_threshold.png", "kept_most_unmarked.png",
         "dropped_sparse.png", "dropped_misregistered.png", "tiles_before.csv"}
     text = (folder / "summary.md").read_text()
@@ -371,7 +373,7 @@ def test_sheets_go_from_the_threshold_outwards():
                   split="misregistered" if i >= 8 else "train") for i in range(60)]
     tiles.append(replace(tiles[0], key="far", shift_x=29.9))
     tiles.append(replace(tiles[0], key="unsure", shift_x=29.9, confidence=0.1))
-    found = sheets(data_filter.Filtered(tiles, np.zeros((62, 3)), np.zeros(256), (9, 9)), limits)
+    found = sheets(FilterResult(tiles, np.zeros((62, 3)), np.zeros(256), (9, 9)), limits)
     near, dropped = found["kept_near_threshold.png"][1], found["dropped_misregistered.png"][1]
     assert [tile.key for tile in near[:3]] == ["far", "7", "6"]
     assert [dropped[0].key, dropped[-1].key, len(dropped)] == ["8", "59", 24]

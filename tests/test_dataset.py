@@ -7,32 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GREYS, write_pairs
+from helpers import GREYS, numpy_batches, write_pairs
 from PIL import Image
 
 import dataset
+from common import pictures
 from common.console import UserError
+from common.pictures import picture_size, read_image, read_mask
 from dataset import (
-    Crops,
     Statistics,
     Tile,
-    copied_to,
-    draw_folds,
     find_pairs,
     group_of,
-    measure,
-    normalise,
     open_store,
-    picture_size,
-    read_image,
-    read_mask,
     read_tiles,
     split_by_group,
-    store_on,
-    training_crops,
-    validation_crops,
+    statistics_of,
     write_tiles,
 )
+from training.batches import batches_on, copied_to, normalise, store_on
+from training.crops import Crops, draw_folds, training_crops, validation_crops
 
 LAYOUT = "frames/frame#{key}.png", "masks/mask#{key}.png"
 
@@ -130,7 +124,7 @@ def test_masks_are_read_exactly_from_grey_and_equal_rgb(tmp_path):
 
 @pytest.mark.parametrize(("make", "expected"), [
     (lambda a: Image.fromarray(np.where(np.arange(16).reshape(4, 4) < 3, 99, a).astype(np.uint8)),
-     r"grey 99 \(3 pixels\) is none of data.greys"),
+     r"grey 99 \(3 pixels\) is none of data.mask_values"),
     (lambda a: Image.fromarray(a).convert("P"), "mode P"),
     (lambda a: Image.fromarray(a.astype(np.uint16)), "16"),
     (lambda a: Image.fromarray(a).convert("RGBA"), "mode RGBA"),
@@ -157,7 +151,7 @@ def test_pages_and_rotation_flags_are_refused(tmp_path):
     picture = Image.new("RGB", (16, 16), (26, 26, 26))
     picture.save(tmp_path / "pages.tif", save_all=True, append_images=[picture])
     exif = Image.Exif()
-    exif[dataset.ORIENTATION] = 6
+    exif[pictures.ORIENTATION] = 6
     picture.save(tmp_path / "rotated.jpg", exif=exif)
     for name in ("pages.tif", "rotated.jpg"):
         with pytest.raises(UserError, match="rotation flag"):
@@ -406,7 +400,7 @@ def test_a_tile_of_another_size_is_named_and_no_store_is_left(tmp_path):
 def test_statistics_equal_numpy_and_look_at_the_chosen_tiles_only(tmp_path):
     _, tiles = listed(tmp_path)
     store, rows = open_store(tmp_path, tiles, GREYS.tolist()), [1, 2, 4]
-    statistics, pixels = measure(store.sums[rows]), store.pixels[rows] / 255
+    statistics, pixels = statistics_of(store.sums[rows]), store.pixels[rows] / 255
     assert statistics.mean == pytest.approx(pixels[..., :3].mean((0, 1, 2)), rel=1e-12)
     assert statistics.std == pytest.approx(pixels[..., :3].std((0, 1, 2)), rel=1e-12)
     assert statistics.frequencies == pytest.approx([np.mean(store.pixels[rows][..., 3] == k) for k in range(3)])
@@ -421,7 +415,7 @@ def test_statistics_come_with_the_store_and_need_no_look_at_its_pixels(tmp_path,
 
 
 def test_statistics_of_one_colour_have_no_deviation_of_zero():
-    statistics = measure(np.stack([dataset.sums_of(np.full((500, 500, 3), 255, np.uint8),
+    statistics = statistics_of(np.stack([dataset.sums_of(np.full((500, 500, 3), 255, np.uint8),
                                                    np.zeros((500, 500), np.uint8), 3)] * 9))
     assert statistics.mean == [1.0] * 3 and statistics.std == [1e-6] * 3 and statistics.frequencies == [1.0, 0.0, 0.0]
 
@@ -429,7 +423,7 @@ def test_statistics_of_one_colour_have_no_deviation_of_zero():
 def test_normalised_training_tiles_have_mean_0_and_deviation_1(tmp_path):
     _, tiles = listed(tmp_path)
     store = open_store(tmp_path, tiles, GREYS.tolist())
-    x = normalise(torch.from_numpy(np.array(store.pixels[..., :3])), measure(store.sums))
+    x = normalise(torch.from_numpy(np.array(store.pixels[..., :3])), statistics_of(store.sums))
     assert x.shape == (6, 3, 48, 40) and x.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4)
     assert torch.allclose(x.std((0, 2, 3)), torch.ones(3), atol=1e-3)
@@ -498,13 +492,13 @@ def test_randomness_depends_on_its_keys_alone():
 def test_batches_are_the_windows_flipped_alike_for_image_and_mask():
     store = np.random.default_rng(0).integers(0, 255, (3, 10, 12, 4)).astype(np.uint8)
     crops = Crops(*(np.array(v) for v in ([2, 0, 1], [0, 6, 3], [8, 0, 5], [0, 1, 1], [1, 0, 1])), size=4)
-    batches = list(crops.batches(store, 2))
+    batches = list(numpy_batches(crops, store, 2))
     assert [tuple(b.shape) for b in batches] == [(2, 4, 4, 4), (1, 4, 4, 4)]
     windows = np.concatenate(batches)
     assert (windows[0] == store[2, 0:4, 8:12][:, ::-1]).all()
     assert (windows[1] == store[0, 6:10, 0:4][::-1]).all()
     assert (windows[2] == store[1, 3:7, 5:9][::-1, ::-1]).all()
-    one_by_one = np.concatenate(list(crops.batches(store, 1)))
+    one_by_one = np.concatenate(list(numpy_batches(crops, store, 1)))
     assert (one_by_one == windows).all(), "the batch size changes nothing"
 
 
@@ -529,14 +523,14 @@ def test_a_store_on_the_device_gives_the_batches_of_the_one_on_disk(batch_size):
     there = copied_to(device, store, at_once=2)
     assert (there.numpy() == store).all()
     for source in (store, there):
-        batches = list(crops.batches_on(device, source, batch_size))
+        batches = list(batches_on(device, crops, source, batch_size))
         assert {len(batch) for batch in batches[:-1]} <= {batch_size} and batches[0].dtype == torch.uint8
         assert (torch.cat(batches).numpy() == np.stack(expected)).all()
 
 
 def test_a_store_goes_to_a_gpu_that_has_four_times_the_room(monkeypatch):
     store, moved = np.zeros((2, 4, 4, 4), np.uint8), []
-    monkeypatch.setattr("dataset.copied_to", lambda device, store: moved.append(device.type) or "there")
+    monkeypatch.setattr("training.batches.copied_to", lambda device, store: moved.append(device.type) or "there")
     for free, expected in ((4 * store.nbytes - 1, store), (4 * store.nbytes, "there")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
         assert store_on(torch.device("cuda"), store) is expected

@@ -17,18 +17,20 @@ from sklearn.metrics import f1_score
 
 import evaluate
 import train
-from common import figures
+from common import bootstrap, palette
 from common.console import UserError
-from common.files import names
-from dataset import normalise
-from evaluation import metrics, unlabelled
-from training import runs
+from common.result_folders import names_in
+from evaluation import figures, metrics, scoring, unlabelled
+from evaluation.candidates import candidate_of_run
+from evaluation.test_set import open_test_set
+from training import checkpoints
+from training.batches import normalise
 
 
 def test_class_colours_do_not_depend_on_which_classes_a_mask_has():
-    alone, mixed = figures.colour_mask(np.full((2, 2), 2), 3), figures.colour_mask(np.array([[0, 1], [2, 2]]), 3)
-    assert (alone[0, 0] == mixed[1, 1]).all() and len({tuple(c) for c in figures.class_colours(8)}) == 8
-    assert figures.class_colours(20).shape == (20, 3)
+    alone, mixed = palette.colour_mask(np.full((2, 2), 2), 3), palette.colour_mask(np.array([[0, 1], [2, 2]]), 3)
+    assert (alone[0, 0] == mixed[1, 1]).all() and len({tuple(c) for c in palette.class_colours(8)}) == 8
+    assert palette.class_colours(20).shape == (20, 3)
 
 
 def test_the_error_map_marks_wrong_pixels_and_no_others():
@@ -46,7 +48,7 @@ def test_the_overlay_leaves_the_background_alone():
     labels[3, 3] = 2
     mixed = figures.overlay(image, labels, 3)
     assert ((mixed != image).any(-1) == (labels > 0)).all()
-    expected = 0.6 * image[3, 3] + 0.4 * figures.class_colours(3)[2]
+    expected = 0.6 * image[3, 3] + 0.4 * palette.class_colours(3)[2]
     assert np.abs(mixed[3, 3] - expected).max() <= 1
 
 
@@ -61,7 +63,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
              "tiles": (figures.tiles([row], names, names), names)}
     for name, (figure, expected) in drawn.items():
         with warnings.catch_warnings(action="error"):
-            figures.save(figure, tmp_path / f"{name}.png")
+            palette.save(figure, tmp_path / f"{name}.png")
         legends = [*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))]
         for legend in legends:
             assert [text.get_text() for text in legend.get_texts()][-2:] == list(expected), name
@@ -115,9 +117,9 @@ def test_scores_equal_a_plain_computation_from_files(trained, tmp_path, command)
     command(trained)
     scores = scores_of(trained / "evaluation")
     found = scores["entries"][0]["scores"]
-    checkpoint = runs.load_checkpoint(trained / "checkpoints/best.pt")
-    model = runs.build_model(checkpoint.config)
-    runs.load_weights(model, checkpoint)
+    checkpoint = checkpoints.load_checkpoint(trained / "checkpoints/best.pt")
+    model = checkpoints.build_model(checkpoint.config)
+    checkpoints.load_weights(model, checkpoint)
     model.eval()
     test = [row for row in rows_of(tmp_path / "tiles/tiles.csv") if row["split"] == "test"]
     tiles = {row["key"]: row for row in rows_of(trained / "evaluation/tiles.csv")}
@@ -149,7 +151,7 @@ def test_every_output_is_there_and_nothing_of_the_one_before(trained, command):
     command(trained)
     (trained / "evaluation/predictions/old").mkdir()
     command(trained, "--pictures", 3)
-    assert set(names(trained / "evaluation").split(", ")) == OUTPUTS
+    assert set(names_in(trained / "evaluation").split(", ")) == OUTPUTS
     assert [path.name for path in (trained / "evaluation/predictions").iterdir()] == ["tiny"]
     (trained / "evaluation/predictions/tiny/mine.png").touch()
     with pytest.raises(UserError, match=r"holds predictions/tiny/mine.png, which no earlier run wrote"):
@@ -162,7 +164,7 @@ def test_results_of_one_thing_do_not_replace_those_of_another(trained, command, 
         shutil.copytree(tmp_path / "tiles/masks", tmp_path / place / "labels")
         shutil.copytree(tmp_path / "tiles/frames", tmp_path / place / "frames")
         command(trained, *(["--predictions", tmp_path / "a/labels"] if place == "a" else ["--images", "a/frames"]))
-    assert names(trained.parent) == "comparison-tiny-labels, tiny" and "predictions-frames" in names(trained)
+    assert names_in(trained.parent) == "comparison-tiny-labels, tiny" and "predictions-frames" in names_in(trained)
     for option, folder in (("--predictions", "labels"), ("--images", "frames")):
         with pytest.raises(UserError, match=f"holds results of .*a/{folder}.*; move it"):
             command(trained, option, f"b/{folder}")
@@ -173,7 +175,7 @@ def test_results_of_one_thing_do_not_replace_those_of_another(trained, command, 
     with pytest.raises(UserError, match="holds results of .*tiles; move it"):
         command(trained, "--predictions", "a/labels", "data.root=others")
     command(trained, "--checkpoint", "last", "--predictions", "a/labels")
-    assert names(trained.parent / "comparison-tiny-last-labels/predictions") == "tiny-last"
+    assert names_in(trained.parent / "comparison-tiny-last-labels/predictions") == "tiny-last"
 
 
 def test_folders_and_patterns_of_any_name(trained, command, tmp_path):
@@ -181,8 +183,8 @@ def test_folders_and_patterns_of_any_name(trained, command, tmp_path):
         shutil.copytree(tmp_path / "tiles/masks", tmp_path / name)
     config = trained / "config.yaml"
     command("--predictions", "lab.v1", "--predictions", "lab.v2", "--config", config)
-    entries = scores_of(tmp_path / "comparison-lab.v1-lab.v2")["entries"]
-    assert [entry["name"] for entry in entries] == ["lab.v1", "lab.v2"]
+    candidates = scores_of(tmp_path / "comparison-lab.v1-lab.v2")["entries"]
+    assert [candidate["name"] for candidate in candidates] == ["lab.v1", "lab.v2"]
     for path in (tmp_path / "tiles/masks").iterdir():
         (tmp_path / "nest" / path.stem.removeprefix("mask#")).mkdir(parents=True)
         shutil.copy(path, tmp_path / "nest" / path.stem.removeprefix("mask#") / "seg.png")
@@ -214,7 +216,7 @@ def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_
     same, tumour = another(trained, "same", lambda _: None), another(trained, "tumour", always(2))
     command(trained, same, tumour, "--split", "all")
     out = tmp_path / "runs/comparison-tiny-same-tumour-all"
-    assert set(names(out).split(", ")) == OUTPUTS
+    assert set(names_in(out).split(", ")) == OUTPUTS
     ours, twin, other = scores_of(out)["entries"]
     assert (ours["name"], twin["name"], other["name"]) == ("tiny", "same", "tumour")
     assert ours["difference_to_first"] == {}
@@ -231,9 +233,9 @@ def test_a_run_compared_with_itself_differs_by_nothing_and_with_another_by_what_
     assert np.sum(other["confusion"], axis=0)[:2].tolist() == [0, 0]
     tiles = rows_of(out / "tiles.csv")
     assert len(tiles) == 3 * scores_of(out)["tiles"]
-    weights = metrics.resampled_weights([row["group"] for row in tiles[24:]])
+    weights = bootstrap.resampled_weights([row["group"] for row in tiles[24:]])
     accuracy = weights @ [float(row["pixel_accuracy"]) for row in tiles[24:]] / weights.sum(1)
-    low, high = metrics.interval(accuracy, groups=6)
+    low, high = bootstrap.interval(accuracy, groups=6)
     found = other["scores"]["pixel_accuracy"]
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=2e-6)
     assert {path.name for path in (out / "predictions").iterdir()} == {"tiny", "same", "tumour"}
@@ -281,7 +283,7 @@ def test_predictions_of_another_tool_are_scored_as_a_model_is(trained, command, 
     assert peer["name"] == "peer" and {"soft_dice", "ece"} == model.keys() - peer["scores"].keys()
     assert all(peer["scores"][name] == model[name] for name in peer["scores"])
     made_without_model = OUTPUTS - {"losses.png", "reliability.png", "predictions"}
-    assert set(names(tmp_path / "peer-evaluation").split(", ")) == made_without_model
+    assert set(names_in(tmp_path / "peer-evaluation").split(", ")) == made_without_model
     command(trained, "--predictions", f"{tmp_path}/peer/{{key}}.png")
     other = scores_of(tmp_path / "runs/comparison-tiny-peer")["entries"][1]
     assert other["difference_to_first"]["dice"]["mean"]["value"] == 0
@@ -344,7 +346,7 @@ def test_precisions_are_evaluated_side_by_side(trained, command):
                                                               ("float32", 1, False)])
 def test_many_tiles_are_compiled_for_in_bfloat16(trained, command, monkeypatch, precision, tiles, expected):
     calls = []
-    monkeypatch.setattr(evaluate, "MANY", tiles)
+    monkeypatch.setattr(scoring, "MANY", tiles)
     monkeypatch.setattr(torch, "compile", lambda network, **options: lambda x: calls.append(x.shape) or network(x))
     command(trained, "--precision", precision)
     assert scores_of(trained / f"evaluation-{precision}")["tiles"] < 6
@@ -359,15 +361,15 @@ def test_the_named_checkpoint_is_the_one_that_is_scored(trained, command):
     torch.save(contents, checkpoint)
     for arguments, folder in ((["--checkpoint", "last"], "evaluation-last"), (["--checkpoint", checkpoint], "x")):
         command(trained, *arguments, "--out", trained / folder)
-        entry = scores_of(trained / folder)["entries"][0]
-        assert entry["tested_epoch"] == 2 and np.sum(entry["confusion"], axis=0)[:2].tolist() == [0, 0]
+        candidate = scores_of(trained / folder)["entries"][0]
+        assert candidate["tested_epoch"] == 2 and np.sum(candidate["confusion"], axis=0)[:2].tolist() == [0, 0]
     shutil.copy(checkpoint, trained.parent / "best.pt")
     command(trained, "--checkpoint", trained.parent / "best.pt", "--out", trained / "loose")
-    entry = scores_of(trained / "loose")["entries"][0]
-    assert (entry["name"], entry["epochs"]) == ("tiny (best)", 2)  # its own two, not the run's one
+    candidate = scores_of(trained / "loose")["entries"][0]
+    assert (candidate["name"], candidate["epochs"]) == ("tiny (best)", 2)  # its own two, not the run's one
     assert f"tiny (best): {trained.parent}/best.pt of epoch 2." in (trained / "loose/table.md").read_text()
     command(trained / "checkpoints/best.pt", checkpoint, "--out", trained / "both")
-    assert [entry["name"] for entry in scores_of(trained / "both")["entries"]] == ["tiny", "tiny (last)"]
+    assert [candidate["name"] for candidate in scores_of(trained / "both")["entries"]] == ["tiny", "tiny (last)"]
 
 
 def test_a_link_is_followed_not_replaced(trained, command, tmp_path):
@@ -375,7 +377,7 @@ def test_a_link_is_followed_not_replaced(trained, command, tmp_path):
     (tmp_path / "link").symlink_to("scratch")
     for _ in range(2):
         command(trained, "--out", tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and set(names(tmp_path / "scratch").split(", ")) == OUTPUTS
+    assert (tmp_path / "link").is_symlink() and set(names_in(tmp_path / "scratch").split(", ")) == OUTPUTS
     assert not list(tmp_path.glob(".*being*"))
 
 
@@ -420,11 +422,11 @@ def test_a_class_that_is_nowhere_has_no_score(trained, command, tmp_path):
         Image.fromarray(np.full((48, 40), 51, np.uint8)).save(path)
     command(another(trained, "tissue", always(1)))
     contents = scores_of(tmp_path / "runs/tissue/evaluation")
-    entry = contents["entries"][0]
-    assert entry["scores"]["dice"]["tumour"] == {"value": None, "low": None, "high": None}
-    assert entry["scores"]["dice"]["mean"]["value"] == 1 and entry["tiles_behind_means"]["tumour"] == 0
-    assert entry["tiles_where_missed"] == entry["tiles_where_invented"] == dict.fromkeys(contents["classes"], 0)
-    assert entry["scores"]["soft_dice"]["value"] == pytest.approx(1 / 3, abs=1e-5)
+    candidate = contents["entries"][0]
+    assert candidate["scores"]["dice"]["tumour"] == {"value": None, "low": None, "high": None}
+    assert candidate["scores"]["dice"]["mean"]["value"] == 1 and candidate["tiles_behind_means"]["tumour"] == 0
+    assert candidate["tiles_where_missed"] == candidate["tiles_where_invented"] == dict.fromkeys(contents["classes"], 0)
+    assert candidate["scores"]["soft_dice"]["value"] == pytest.approx(1 / 3, abs=1e-5)
     assert contents["best_constant"]["class"] == "tissue"
 
 
@@ -493,16 +495,16 @@ def test_truncated_and_altered_checkpoints_are_refused(trained, command):
     (["RUN", "RUN"], "runs/tiny/.*best.pt and .*best.pt would have the same name, .*runs/tiny"),
     (["RUN", "--tolerance", "inf"], "--tolerance must be a number of pixels"),
     (["RUN", "--checkpoint", "runs/else/checkpoints/best.pt"], "is a checkpoint of another run than"),
-    (["--predictions", "tiles/masks", "--config", "mine/x.yaml", "--flips"], "--flips and --checkpoint go with a run"),
-    (["--predictions", "tiles/masks", "--config", "mine/x.yaml", "--checkpoint", "last"], "go with a run"),
-    (["RUN", "--config", "x.yaml"], "--config goes with --predictions"),
+    (["--predictions", "tiles/masks", "--config", "mine/x.yaml", "--flips"], "--flips has no effect without a run"),
+    (["--predictions", "tiles/masks", "--config", "mine/x.yaml", "--checkpoint", "last"], "--checkpoint has no effect"),
+    (["RUN", "--config", "x.yaml"], "--config has no effect with a run"),
     (["--predictions", "tiles/masks"], "needs --config"),
     (["RUN", "--images", "nowhere"], "no such folder"),
     (["RUN", "--images", "runs"], "no images found"),
     (["RUN", "RUN", "--images", "tiles/frames"], "--images takes one run"),
-    (["RUN", "--images", "tiles/frames", "--tolerance", "2"], "--images takes one run"),
+    (["RUN", "--images", "tiles/frames", "--tolerance", "2"], "--tolerance has no effect with --images"),
     (["RUN", "--images", "mine/areas.csv"], "mine/areas.csv: a file; --images takes a folder"),
-    (["RUN", "--split", "all", "--images", "tiles/frames"], "--images takes one run"),
+    (["RUN", "--split", "all", "--images", "tiles/frames"], "--split has no effect with --images"),
     (["RUN", "--predictions", "tiles"], "no label images in it .* one of its folders frames, masks"),
     (["RUN", "RUN", "--checkpoint", "x.pt"], "goes with one run"),
     (["RUN/checkpoints/last.pt", "--checkpoint", "last"], "last.pt is a checkpoint already"),
@@ -547,13 +549,13 @@ def test_no_tiles_and_lost_masks(trained, command, tmp_path):
 
 
 def test_predictions_are_normalised_with_the_training_statistics(trained):
-    entry = evaluate.trained(trained, "best", [], flips=False, precision="float32")
-    checkpoint = runs.load_checkpoint(trained / "checkpoints/best.pt")
-    model = runs.build_model(checkpoint.config)
-    runs.load_weights(model, checkpoint)
+    candidate = candidate_of_run(trained, "best", [], flips=False, precision="float32")
+    checkpoint = checkpoints.load_checkpoint(trained / "checkpoints/best.pt")
+    model = checkpoints.build_model(checkpoint.config)
+    checkpoints.load_weights(model, checkpoint)
     images = torch.randint(0, 256, (1, 20, 22, 3), dtype=torch.uint8)
     expected = model.eval()(normalise(images, checkpoint.statistics))
-    assert torch.allclose(entry.predictor.logits(images), expected, atol=1e-5)
+    assert torch.allclose(candidate.predictor.logits(images), expected, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- without masks
@@ -582,10 +584,10 @@ def test_images_without_masks(trained, command, images, capsys):
     rows = rows_of(out / "areas.csv")
     assert [row["image"] for row in rows] == ["a.png", "b.jpg", "c & <d>.tif"]
     assert 0.1 < float(rows[0]["share_tumour"]) < 0.9
-    entry = evaluate.trained(model, "best", [], flips=False)
+    candidate = candidate_of_run(model, "best", [], flips=False)
     for row, size in zip(rows, ((48, 40), (33, 70), (5, 9)), strict=True):
         pixels = np.array(Image.open(images / row["image"]))
-        labels = entry.predictor.logits(torch.from_numpy(pixels)[None])[0].argmax(0).numpy()
+        labels = candidate.predictor.logits(torch.from_numpy(pixels)[None])[0].argmax(0).numpy()
         stem = row["image"].rpartition(".")[0]
         assert (np.asarray(Image.open(out / f"labels/{stem}.png")) == GREYS[labels]).all()
         overlay = np.asarray(Image.open(out / f"overlays/{stem}.jpg"), float)
@@ -596,16 +598,16 @@ def test_images_without_masks(trained, command, images, capsys):
         areas = [int(row[f"pixels_{name}"]) for name in ("background", "tissue", "tumour")]
         assert areas == np.bincount(labels.ravel(), minlength=3).tolist()
         assert float(row["share_tumour"]) == pytest.approx(areas[2] / sum(areas), abs=1e-6)
-    assert names(out) == "areas.csv, labels, legend.png, overlays"
+    assert names_in(out) == "areas.csv, labels, legend.png, overlays"
     assert "3 images" in capsys.readouterr().out
 
 
 def test_an_image_larger_than_a_window_has_the_answer_of_the_whole(trained, images):
-    entry = evaluate.trained(trained, "best", [], flips=False)
+    candidate = candidate_of_run(trained, "best", [], flips=False)
     pixels = torch.randint(0, 256, (1100, 90, 3), dtype=torch.uint8)
-    assert len(list(entry.predictor.pieces(pixels[None]))) == 2
-    whole = dataclasses.replace(entry.predictor, window=2000)
-    assert np.mean(entry.predictor.labels(pixels) == whole.labels(pixels)) > 0.9999
+    assert len(list(candidate.predictor.pieces(pixels[None]))) == 2
+    whole = dataclasses.replace(candidate.predictor, window=2000)
+    assert np.mean(candidate.predictor.labels(pixels) == whole.labels(pixels)) > 0.9999
 
 
 def test_overlays_of_large_images_are_smaller(trained, command, images, monkeypatch):
@@ -634,16 +636,16 @@ def test_a_broken_image_is_seen_before_anything_is_computed(trained, command, im
 
 
 def test_images_larger_than_a_tile_may_be_are_taken_and_huge_headers_are_not(trained, command, images, monkeypatch):
-    monkeypatch.setattr("dataset.MAX_PIXELS", 100)
+    monkeypatch.setattr("common.pictures.MAX_PIXELS", 100)
     monkeypatch.setattr(unlabelled, "MAX_PIXELS", 2000)
     with pytest.raises(UserError, match="70 x 33 pixels are more than fit here"):
         command(trained, "--images", images)
 
 
 def test_the_tally_of_a_model_has_every_part(trained):
-    entry = evaluate.trained(trained, "best", [], flips=False)
-    questions = evaluate.ask([entry], "all")
-    tally, paths = evaluate.score(entry, questions, 3.0, trained / "labels")
+    candidate = candidate_of_run(trained, "best", [], flips=False)
+    test_set = open_test_set([candidate], "all")
+    tally, paths = scoring.score(candidate, test_set, 3.0, trained / "labels")
     assert len(tally.confusion) == 12 and (tally.confusion.sum((1, 2)) == 48 * 40).all()
     assert (tally.calibration[:, 0].sum(1) == 48 * 40).all()
     assert (tally.calibration[:, 2].sum(1) == np.trace(tally.confusion, axis1=1, axis2=2)).all()

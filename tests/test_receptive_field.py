@@ -16,11 +16,12 @@ from helpers import REPOSITORY
 import receptive_field
 import train
 from common import geometry
-from common.config import apply_overrides
+from common.config_files import apply_overrides
 from common.console import Progress, UserError
 from common.geometry import multiple, smallest_cut
-from evaluation import entries
-from fields import measurement, report
+from evaluation import candidates, test_set
+from fields import borders, gradients, numbers, published, report, sampling, theory
+from training.learner import build_learner
 from unet import UNet
 
 
@@ -68,7 +69,7 @@ def test_theory_equals_structural_autograd_at_every_alignment_by_every_path(leve
 def test_the_exact_sizes():
     assert [geometry.size(5, p) for p in range(16)] == [188 if p in (0, 1, 14, 15) else 204 for p in range(16)]
     assert [geometry.size(4, p) for p in range(8)] == [92 if p in (0, 1, 6, 7) else 100 for p in range(8)]
-    assert geometry.sizes(5, 4) == "124 or 132" and geometry.path_names(2) == ["skip of level 1", "bottleneck"]
+    assert theory.sizes(5, 4) == "124 or 132" and theory.path_names(2) == ["skip of level 1", "bottleneck"]
     assert geometry.area(5) == 200**2
 
 
@@ -152,8 +153,8 @@ def test_gradients_of_cuts_are_those_of_the_whole_network_on_a_larger_image(widt
     logits = model(image)
     places = torch.tensor([[cut.origin + r, cut.origin + (3 * r + 1) % block] for r in range(block)])
     cuts = image.detach()[:, :, block:block + cut.size, 2 * block:2 * block + cut.size].repeat(block, 1, 1, 1)
-    by_path = list(measurement.gradients(model, cuts.clone(), places))
-    whole = list(measurement.gradients(model, cuts.clone(), places, by_path=False))
+    by_path = list(gradients.gradients(model, cuts.clone(), places))
+    whole = list(gradients.gradients(model, cuts.clone(), places, by_path=False))
     assert len(by_path) == len(whole) == 3
     for k in range(3):
         assert torch.allclose(by_path[k][0].sum(0), whole[k][0][0], rtol=1e-9, atol=1e-15)
@@ -170,7 +171,7 @@ def test_the_gradient_by_a_path_is_what_cutting_all_others_leaves():
     torch.manual_seed(1)
     image = torch.randn(1, 3, cut.size, cut.size, dtype=torch.double)
     place = torch.tensor([[cut.origin + 1, cut.origin + 2]])
-    got = list(measurement.gradients(model, image.clone(), place))
+    got = list(gradients.gradients(model, image.clone(), place))
     for k in range(3):
         for path in range(levels):
             leaf = image.clone().requires_grad_()
@@ -186,7 +187,7 @@ def test_the_gradient_by_a_path_is_what_cutting_all_others_leaves():
 def pixels_of(levels, classes=(0, 1, 1, 0, 1), shares=(0.75, 0.25)):
     cut, random = smallest_cut(levels), np.random.default_rng(0)
     places = cut.origin + random.integers(0, multiple(levels), (len(classes), 2))
-    return measurement.Pixels(np.arange(len(classes)), np.zeros((len(classes), 2), int), places,
+    return sampling.Pixels(np.arange(len(classes)), np.zeros((len(classes), 2), int), places,
                                     np.array(classes), np.array(shares))
 
 
@@ -194,15 +195,15 @@ def pixels_of(levels, classes=(0, 1, 1, 0, 1), shares=(0.75, 0.25)):
 def test_maps_and_energies_equal_naive_loops(widths, monkeypatch):
     model, levels = random_model(*widths), len(widths)
     cut, reach = smallest_cut(levels), geometry.reach(levels)
-    monkeypatch.setattr(measurement, "PIXELS_AT_ONCE", 2 * cut.size**2)
+    monkeypatch.setattr(sampling, "PIXELS_AT_ONCE", 2 * cut.size**2)
     torch.manual_seed(2)
     pixels = pixels_of(levels)
     images = torch.randn(len(pixels), 3, cut.size, cut.size, dtype=torch.double)
     with Progress("", len(pixels)) as progress:
-        field = measurement.measure(model, lambda a, b: images[a:b].clone(), pixels, True, progress)
+        field = gradients.measure_field(model, lambda a, b: images[a:b].clone(), pixels, True, progress)
     maps = np.zeros((2, 3, 2 * reach + 1, 2 * reach + 1))
     for i, (y, x) in enumerate(pixels.places):
-        parts = list(measurement.gradients(model, images[i:i + 1].clone(), torch.tensor([[y, x]])))
+        parts = list(gradients.gradients(model, images[i:i + 1].clone(), torch.tensor([[y, x]])))
         for k in range(3):
             part = parts[k][0][:, 0].numpy()                                         # (P, C, cut, cut)
             whole, rings = part.sum(0), np.zeros((levels + 1, field.energy.shape[-1]))
@@ -237,44 +238,44 @@ def test_all_pixels_weigh_as_their_class_occurs():
 # ---------------------------------------------------------------------------------------------- numbers
 
 def test_radii_by_counting():
-    random, around = np.random.default_rng(0), measurement.rings_around(9)
+    random, around = np.random.default_rng(0), gradients.rings_around(9)
     squares = random.random((19, 19)) ** 8
     energy = np.bincount(around.ravel(), squares.ravel())
     for share in (0.5, 0.9, 0.95):
-        radius = report.radii(energy, share)
+        radius = numbers.radii(energy, share)
         steps = np.arange(-9, 10)
         inside = [squares[np.hypot.outer(steps, steps) <= r + 1e-9].sum() for r in (radius - 0.25, radius)]
         assert inside[0] < share * squares.sum() <= inside[1] * (1 + 1e-12)
-    assert np.isnan(report.radii(np.zeros(5), 0.5))
+    assert np.isnan(numbers.radii(np.zeros(5), 0.5))
 
 
 def test_the_fit_finds_a_gaussian_and_says_how_far_others_are_from_one():
     steps = np.arange(-30, 31)
     distance = np.hypot.outer(steps, steps)
-    height, sigma, error, misfit = report.fit_gaussian(7 * np.exp(-distance**2 / (2 * 4.5**2)))
+    height, sigma, error, misfit = numbers.fit_gaussian(7 * np.exp(-distance**2 / (2 * 4.5**2)))
     assert (height, sigma) == pytest.approx((7, 4.5)) and error < 1e-6 and misfit < 1e-6
     noise = np.random.default_rng(0).normal(0, 0.01, distance.shape)
-    _, sigma, error, misfit = report.fit_gaussian(np.exp(-distance**2 / (2 * 4.5**2)) + noise)
+    _, sigma, error, misfit = numbers.fit_gaussian(np.exp(-distance**2 / (2 * 4.5**2)) + noise)
     assert abs(sigma - 4.5) < 4 * error < 0.1
     spike = np.exp(-distance)
-    _, sigma, _, misfit = report.fit_gaussian(spike)
+    _, sigma, _, misfit = numbers.fit_gaussian(spike)
     best = min(np.linalg.norm(spike - a * np.exp(-distance**2 / (2 * sigma**2))) for a in np.linspace(0.1, 1, 1000))
     assert misfit == pytest.approx(best / np.linalg.norm(spike), rel=1e-4) and misfit > 0.1
-    assert all(map(math.isnan, report.fit_gaussian(np.zeros((5, 5)))))
+    assert all(map(math.isnan, numbers.fit_gaussian(np.zeros((5, 5)))))
     with warnings.catch_warnings(action="error"):
-        assert not report.fit_gaussian(np.eye(9)[4] * np.eye(9)[4][:, None])[1] > 0.7  # one pixel: tiny or none
+        assert not numbers.fit_gaussian(np.eye(9)[4] * np.eye(9)[4][:, None])[1] > 0.7  # one pixel: tiny or none
 
 
 def test_the_extent_is_where_the_map_is_not_zero():
     strength = np.zeros((11, 11))
     strength[2, 6] = strength[5, 9] = 1e-300
-    assert report.extent(strength) == (-3, 0, 1, 4) and report.extent(np.zeros((3, 3))) is None
+    assert numbers.extent(strength) == (-3, 0, 1, 4) and numbers.extent(np.zeros((3, 3))) is None
 
 
 # ---------------------------------------------------------------------------------------------- the report's way
 
 def test_the_reports_172_84_and_116():
-    rows = receptive_field.published(receptive_field.architectures([], None, []), []).splitlines()[1:5]
+    rows = receptive_field.published_procedure(receptive_field.architectures([], None, []), []).splitlines()[1:5]
     found = [[int(number) for number in row.replace("or", " ").split()[-(6 if " or " in row else 5):]] for row in rows]
     assert found == [[172, 173, 173, 188, 188, 204], [116, 117, 117, 124, 124, 132], [84, 85, 85, 92, 92, 100],
                      [56, 57, 57, 60, 60]]
@@ -284,12 +285,12 @@ def test_a_dead_bottleneck_is_found_by_the_reports_procedure():
     torch.manual_seed(0)
     model = UNet((4, 8, 8, 8, 8), dropout=0)
     model.up[-1].weight.data.zero_()
-    text = report.published({"dice": model})
+    text = published.describe_published({"dice": model})
     assert "116" in text.splitlines()[1].split()
     assert "117 pixels are not 0, 173 were expected; just what the skip of level 4 gives" in text
     model.up[0].weight.data.zero_()
     model.head.weight.data.zero_()
-    assert measurement.as_published(model)[0] == 0
+    assert published.as_published(model)[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------- on tiles
@@ -303,72 +304,72 @@ def command(monkeypatch):
 
 
 def entry_of(run):
-    entry = entries.trained(run, "best", [], flips=False, precision="float32")
-    return entry, entries.ask([entry], "all")
+    candidate = candidates.candidate_of_run(run, "best", [], flips=False, precision="float32")
+    return candidate, test_set.open_test_set([candidate], "all")
 
 
 def test_pixels_lie_where_they_should(trained):
-    entry, questions = entry_of(trained)
-    pixels = measurement.draw_pixels(entry, questions, 12)
-    cut, store = smallest_cut(2), questions.store
+    candidate, test_set = entry_of(trained)
+    pixels = sampling.draw_pixels(candidate, test_set, 12)
+    cut, store = smallest_cut(2), test_set.store
     assert np.bincount(pixels.classes).tolist() == [12, 12, 12]
     for tile, corner, place, k in zip(pixels.tiles, pixels.corners, pixels.places, pixels.classes, strict=True):
         assert (corner >= 0).all() and (corner + cut.size <= store.shape[1:3]).all()
-        assert store[(questions.rows[tile], *(corner + place), 3)] == k
-    assert len(set(pixels.tiles)) == len(questions.tiles)
+        assert store[(test_set.rows[tile], *(corner + place), 3)] == k
+    assert len(set(pixels.tiles)) == len(test_set.tiles)
     for k in range(3):  # the four pairs of alignments, three times each
         _, counts = np.unique(pixels.places[pixels.classes == k] - cut.origin, axis=0, return_counts=True)
         assert counts.tolist() == [3, 3, 3, 3]
-    shares = np.bincount(store[questions.rows][..., 3].ravel()) / store[questions.rows][..., 3].size
+    shares = np.bincount(store[test_set.rows][..., 3].ravel()) / store[test_set.rows][..., 3].size
     assert np.allclose(pixels.shares, shares)
-    again = measurement.draw_pixels(entry, questions, 12)
+    again = sampling.draw_pixels(candidate, test_set, 12)
     for levels in (1, 3, 5):
         block = 2 ** (levels - 1)
-        drawn = measurement._alignments(np.random.default_rng(1), 2 * block**2, levels)
+        drawn = sampling._alignments(np.random.default_rng(1), 2 * block**2, levels)
         assert all(sorted(drawn[i:i + block, axis]) == list(range(block)) for i in range(0, len(drawn), block)
                    for axis in (0, 1)) and len(np.unique(drawn[:block**2], axis=0)) == block**2
     assert (again.corners == pixels.corners).all() and (again.tiles == pixels.tiles).all()
 
 
 def test_a_class_that_is_nowhere_has_no_pixels(trained):
-    entry, questions = entry_of(trained)
-    store = np.array(questions.store)
+    candidate, test_set = entry_of(trained)
+    store = np.array(test_set.store)
     store[..., 3] = np.minimum(store[..., 3], 1)
     store[0, 0, 0, 3] = 2  # in a corner no field fits around it
-    changed = SimpleNamespace(store=store, rows=questions.rows, config=questions.config)
-    pixels = measurement.draw_pixels(entry, changed, 5)
+    changed = SimpleNamespace(store=store, rows=test_set.rows, config=test_set.config)
+    pixels = sampling.draw_pixels(candidate, changed, 5)
     assert np.bincount(pixels.classes, minlength=3).tolist() == [5, 5, 0] and pixels.shares[2] > 0
     store[0, 8, 8, 3] = 2  # one of the four alignments reaches it
-    pixels = measurement.draw_pixels(entry, changed, 8)
+    pixels = sampling.draw_pixels(candidate, changed, 8)
     assert pixels.places[pixels.classes == 2].tolist() == [[8, 8], [8, 8]]
 
 
 def test_inputs_are_the_normalised_cuts(trained):
-    entry, questions = entry_of(trained)
-    pixels = measurement.draw_pixels(entry, questions, 4)
-    batch = measurement.tile_inputs(entry, questions, pixels)(3, 9)
+    candidate, test_set = entry_of(trained)
+    pixels = sampling.draw_pixels(candidate, test_set, 4)
+    batch = sampling.tile_inputs(candidate, test_set, pixels)(3, 9)
     for i in range(3, 9):
         top, left = pixels.corners[i]
-        cut = questions.store[questions.rows[pixels.tiles[i]], top:top + 18, left:left + 18, :3] / 255
-        expected = (cut - entry.statistics.mean) / entry.statistics.std
+        cut = test_set.store[test_set.rows[pixels.tiles[i]], top:top + 18, left:left + 18, :3] / 255
+        expected = (cut - candidate.statistics.mean) / candidate.statistics.std
         assert np.allclose(batch[i - 3].movedim(0, -1), expected, atol=1e-5)
     device = torch.device("cpu")
-    noise = measurement.noise_inputs(2, device, 0)
+    noise = sampling.noise_inputs(2, device, 0)
     assert torch.equal(noise(0, 4)[2], noise(2, 3)[0]) and not torch.equal(noise(0, 2)[0], noise(0, 2)[1])
     assert abs(noise(0, 32).mean()) < 0.02 and abs(noise(0, 32).std() - 1) < 0.02
-    assert measurement.zero_inputs(2, device)(0, 3).eq(0).all()
+    assert sampling.zero_inputs(2, device)(0, 3).eq(0).all()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_untrained_network_is_the_one_that_training_began_with(tmp_path, tiny, monkeypatch, dropout):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measurement, "PIXELS_AT_ONCE", 4 * 18**2)  # three batches
+    monkeypatch.setattr(sampling, "PIXELS_AT_ONCE", 4 * 18**2)  # three batches
     train.start(apply_overrides(tiny, ["train.epochs=1", f"model.dropout={dropout}"]))
-    entry, questions = entry_of(tmp_path / "runs/tiny")
-    pixels = measurement.draw_pixels(entry, questions, 4)
-    inputs = measurement.tile_inputs(entry, questions, pixels)
-    model = measurement.initial(entry, inputs, len(pixels))
-    first = train.build_learner(entry.config, entry.statistics).model
+    candidate, test_set = entry_of(tmp_path / "runs/tiny")
+    pixels = sampling.draw_pixels(candidate, test_set, 4)
+    inputs = sampling.tile_inputs(candidate, test_set, pixels)
+    model = gradients.untrained_model(candidate, inputs, len(pixels))
+    first = build_learner(candidate.config, candidate.statistics).model
     assert not model.training and all(map(torch.equal, model.parameters(), first.parameters()))
     norm, convolution = model.encoder[0][2], first.encoder[0][0]
     seen = torch.nn.functional.conv2d(inputs(0, len(pixels)), convolution.weight, convolution.bias, padding=1)
@@ -382,29 +383,29 @@ def test_the_untrained_network_is_the_one_that_training_began_with(tmp_path, tin
 @pytest.mark.parametrize("levels", [1, 2, 4, 5])
 @pytest.mark.parametrize(("length", "crop"), [(500, 256), (224, 192), (331, 64), (192, 192), (200, 192)])
 def test_the_crop_that_is_predicted_alone_is_central_and_keeps_the_alignment(levels, length, crop):
-    start, block = measurement._centred(levels, length, crop), multiple(levels)
+    start, block = borders._centred(levels, length, crop), multiple(levels)
     assert (start + (-length % block) // 2) % block == 0  # of the canvas, which begins before the tile
     assert 0 <= (length - crop) / 2 - start < block + 1
 
 
 def test_borders_are_counted_pixel_by_pixel(trained):
-    entry, questions = entry_of(trained)
-    border = measurement.measure_border(entry, questions)
-    store, levels = questions.store, 2
+    candidate, test_set = entry_of(trained)
+    border = borders.measure_border(candidate, test_set)
+    store, levels = test_set.store, 2
     height, width = store.shape[1:3]
-    assert border.tiles == list(range(len(questions.tiles))) and border.crop == 16
+    assert border.tiles == list(range(len(test_set.tiles))) and border.crop == 16
     for number, tile in enumerate(border.tiles[:3]):
-        image = torch.from_numpy(np.array(store[questions.rows[tile]][..., :3]))
-        target, labels = store[questions.rows[tile]][..., 3], entry.predictor.labels(image)
+        image = torch.from_numpy(np.array(store[test_set.rows[tile]][..., :3]))
+        target, labels = store[test_set.rows[tile]][..., 3], candidate.predictor.labels(image)
         confusion, distances, moved = np.zeros((2, 3, 3), int), np.zeros((8, 2), int), np.zeros((8, 3), int)
-        alone = entry.predictor.labels(image[16:32, 12:28])
+        alone = candidate.predictor.labels(image[16:32, 12:28])
         for y in range(height):
             for x in range(width):
                 fields = [geometry.receptive_field(levels, p) for p in (y, x)]
                 inside = all(a >= 0 and b < n for (a, b), n in zip(fields, (height, width), strict=True))
                 confusion[int(inside), target[y, x], labels[y, x]] += 1
                 distance = min(y, x, height - 1 - y, width - 1 - x)
-                band = max(i for i, start in enumerate(measurement.DISTANCES) if start <= distance)
+                band = max(i for i, start in enumerate(borders.DISTANCES) if start <= distance)
                 distances[band] += [labels[y, x] == target[y, x], 1]
                 if 16 <= y < 32 and 12 <= x < 28:
                     band = 1 if min(y - 16, x - 12, 31 - y, 27 - x) >= 4 else 0
@@ -451,38 +452,39 @@ def test_a_run_and_its_numbers(trained, command, capsys):
 
 
 def test_what_is_measured_otherwise_has_a_folder_of_its_own(trained):
-    entry, _ = entry_of(trained)
-    folders = [receptive_field.destination([entry], *how).name for how in (
-        ("test", 32, "auto"), ("all", 32, "auto"), ("test", 64, "auto"), ("test", 64, "float32"))]
+    candidate, _ = entry_of(trained)
+    parser = receptive_field.parser_of_arguments()
+    folders = [receptive_field.default_folder([candidate], parser.parse_args(arguments)).name for arguments in (
+        [], ["--split", "all"], ["--pixels", "64"], ["--pixels", "64", "--precision", "float32"])]
     assert folders == ["receptive_field", "receptive_field-all", "receptive_field-pixels-64",
                        "receptive_field-float32-pixels-64"]
 
 
 def test_the_rows_are_of_their_pixels_and_their_logits(trained):
-    entry, _ = entry_of(trained)
-    run, = receptive_field.measured([entry], "all", 5)
+    candidate, _ = entry_of(trained)
+    run, = receptive_field.measured([candidate], "all", 5)
     field = run.fields[report.TRAINED]
-    rows = {(row["inside"], row["logit"]): row for row in report.field_rows(run) if row["input"] == "tiles"
+    rows = {(row["inside"], row["logit"]): row for row in numbers.field_rows(run) if row["input"] == "tiles"
             and row["weights"] == "trained"}
     for inside, name in enumerate(run.classes):
         for logit, other in enumerate(run.classes):
             energy = sum(field.energy[i, logit] for i in range(len(field.pixels)) if field.pixels.classes[i] == inside)
-            for column, share in report.ENERGIES.items():
-                assert rows[name, other][column] == report.radii(energy, share)
+            for column, share in numbers.ENERGIES.items():
+                assert rows[name, other][column] == numbers.radii(energy, share)
                 even = sum(field.energy[i, logit] / field.energy[i, logit].sum()
                            for i in np.flatnonzero(field.pixels.classes == inside))
-                assert rows[name, other][f"{column}_even"] == report.radii(even, share)
+                assert rows[name, other][f"{column}_even"] == numbers.radii(even, share)
             each = [field.energy[i, logit].sum() for i in np.flatnonzero(field.pixels.classes == inside)]
             assert rows[name, other]["effective_pixels"] == pytest.approx(sum(each) ** 2 / sum(e * e for e in each))
-            fit = report.fit_gaussian(field.maps[inside, logit])
+            fit = numbers.fit_gaussian(field.maps[inside, logit])
             assert (rows[name, other]["sigma"], rows[name, other]["misfit"]) == fit[1::2]
     assert len({row["sigma"] for row in rows.values()}) == 16
-    paths = {(row["inside"], row["path"]): row for row in report.path_rows(run)}
+    paths = {(row["inside"], row["path"]): row for row in numbers.path_rows(run)}
     for inside, name in enumerate(run.classes):
         chosen = field.pixels.classes == inside
         whole, left = field.energy[chosen].sum(), field.without[chosen].sum((0, 1))
         alone, important = field.path_energy[chosen].sum((0, 1, 3)), field.importance[chosen].sum((0, 1))
-        for path, label in enumerate(geometry.path_names(2)):
+        for path, label in enumerate(theory.path_names(2)):
             row = paths[name, label]
             assert row["energy_without"] == pytest.approx(left[path] / whole)
             assert row["energy_alone"] == pytest.approx(alone[path] / whole)
@@ -528,7 +530,7 @@ def test_a_faint_level_is_as_good_as_dead(trained, command, capsys):
 
 
 def test_results_of_other_tools_are_not_replaced(trained, command, tmp_path):
-    from common.files import replacing_folder
+    from common.result_folders import replacing_folder
     with replacing_folder(tmp_path / "evaluation") as partial:
         (partial / "scores.json").write_text("{}")
     with pytest.raises(UserError, match="holds results of something else"):
@@ -557,12 +559,13 @@ def test_runs_of_other_shapes_side_by_side(trained, tiny, command, capsys):
 def test_what_cannot_be_measured_is_one_line(trained, command, tmp_path):
     for arguments, message in (
             ([], "no run given"), (["runs/nothing"], "no such checkpoint"),
-            (["--theory", "runs/nothing"], "no such run"), ([trained, "--config", "x.yaml"], "--config goes with"),
-            ([trained, "--pixels", 0], "at least 1"), ([trained, "--theory", "--as-published"], "one at a time"),
+            (["--theory", "runs/nothing"], "no such run"), ([trained, "--config", "x.yaml"], "--config has no effect"),
+            ([trained, "--pixels", 0], "at least 1"),
+            ([trained, "--theory", "--as-published"], "--as-published has no effect with --theory"),
             ([trained, "model.dropout=0.1"], "belongs to"),
             (["--theory", "model.widths=[4,8]"], "name one with --config"),
-            (["--theory", "--pixels", 4], "--pixels is of the measurement"),
-            (["--as-published", trained, "--out", tmp_path / "x"], "--out is of the measurement"),
+            (["--theory", "--pixels", 4], "--pixels has no effect with --theory"),
+            (["--as-published", trained, "--out", tmp_path / "x"], "--out has no effect with --as-published"),
             ([trained, f"data.root={tmp_path / 'none'}"], "list of tiles is missing"),
             ([trained, trained], "would have the same name"), ([trained, "--out", tmp_path / "runs"], "would replace")):
         with pytest.raises(UserError, match=message):

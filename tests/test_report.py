@@ -11,10 +11,11 @@ from PIL import Image
 
 import evaluate
 from common.config import Config, Data, Filter
-from data_filter import filter_tiles
-from dataset import TILE_LIST, Tile, draw_folds, training_crops, validation_crops, write_tiles
+from dataset import TILE_LIST, Tile, write_tiles
+from filtering.pipeline import filter_tiles
 from losses import class_weights
-from train import moving_average
+from training.crops import draw_folds, training_crops, validation_crops
+from training.epochs import moving_average
 
 
 def test_equation_4_gives_the_printed_weights():
@@ -77,8 +78,8 @@ def test_figure_9_scores(real_data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *patterns, "--config", f"{tmp_path}/x.yaml",
                                       "--out", f"{tmp_path}/out"])
     evaluate.main()
-    entries = json.loads((tmp_path / "out/scores.json").read_text())["entries"]
-    assert [entry["name"] for entry in entries] == [f"{name}_mask" for name in FIGURE_9]
-    for entry, (accuracy, dice) in zip(entries, FIGURE_9.values(), strict=True):
-        assert entry["scores"]["pixel_accuracy"]["value"] == pytest.approx(accuracy, abs=1e-3)
-        assert entry["scores"]["dice"]["mean"]["value"] == pytest.approx(dice, abs=1e-3)
+    candidates = json.loads((tmp_path / "out/scores.json").read_text())["entries"]
+    assert [candidate["name"] for candidate in candidates] == [f"{name}_mask" for name in FIGURE_9]
+    for candidate, (accuracy, dice) in zip(candidates, FIGURE_9.values(), strict=True):
+        assert candidate["scores"]["pixel_accuracy"]["value"] == pytest.approx(accuracy, abs=1e-3)
+        assert candidate["scores"]["dice"]["mean"]["value"] == pytest.approx(dice, abs=1e-3)

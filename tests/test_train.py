@@ -11,11 +11,15 @@ import pytest
 import torch
 
 import train
-from common.config import apply_overrides
-from common.console import UserError
-from dataset import copied_to, draw_folds
+from common.config_files import apply_overrides, to_yaml
+from common.console import Progress, UserError
+from common.randomness import torch_seed
+from evaluation.candidates import candidate_of_run
 from losses import make_loss
-from training import runs
+from training import checkpoints, epochs, training_set
+from training.batches import copied_to
+from training.crops import draw_folds, training_crops, validation_crops
+from training.learner import build_learner, restore_checkpoint
 from unet import UNet
 
 
@@ -63,7 +67,7 @@ def test_a_run_leaves_what_the_readme_says(workplace, tiny, capsys):
         folds = [float(row["val_loss_0"]), float(row["val_loss_1"])]
         assert float(row["val_loss"]) == min(folds) and int(row["survivor"]) == int(np.argmin(folds))
     best = min(rows, key=lambda row: float(row["val_loss"]))
-    assert runs.load_checkpoint(run / "checkpoints/best.pt").epoch == int(best["epoch"])
+    assert checkpoints.load_checkpoint(run / "checkpoints/best.pt").epoch == int(best["epoch"])
     assert "next:  python evaluate.py runs/tiny" in capsys.readouterr().out
 
 
@@ -82,7 +86,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(workplace, tiny,
 
 def test_a_run_killed_inside_an_epoch_goes_on_after_the_last_whole_one(workplace, tiny, monkeypatch):
     train.start(apply_overrides(tiny, ["name=whole"]))
-    original, calls = runs.save_checkpoint, []
+    original, calls = checkpoints.save_checkpoint, []
 
     def killed_between_best_and_last(path, **contents):
         calls.append(path.name)
@@ -90,7 +94,7 @@ def test_a_run_killed_inside_an_epoch_goes_on_after_the_last_whole_one(workplace
             raise KeyboardInterrupt
         original(path, **contents)
 
-    monkeypatch.setattr(runs, "save_checkpoint", killed_between_best_and_last)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", killed_between_best_and_last)
     with pytest.raises(KeyboardInterrupt):
         train.start(apply_overrides(tiny, ["name=parts"]))
     monkeypatch.undo()
@@ -112,7 +116,7 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(workplace, tiny
 
 def test_best_is_always_the_lowest_of_the_history_wherever_the_run_is_killed(workplace, tiny, monkeypatch):
     """Killed at each of the writes in turn, and resumed."""
-    original = runs.save_checkpoint
+    original = checkpoints.save_checkpoint
     for kill_at in range(6):
         run, writes = workplace / f"runs/k{kill_at}", []
 
@@ -122,14 +126,14 @@ def test_best_is_always_the_lowest_of_the_history_wherever_the_run_is_killed(wor
                 raise KeyboardInterrupt
             original(path, **contents)
 
-        monkeypatch.setattr(runs, "save_checkpoint", save)
+        monkeypatch.setattr(checkpoints, "save_checkpoint", save)
         try:
             train.start(apply_overrides(tiny, [f"name=k{kill_at}"]))
         except KeyboardInterrupt:
-            monkeypatch.setattr(runs, "save_checkpoint", original)
+            monkeypatch.setattr(checkpoints, "save_checkpoint", original)
             train.resume(run, [])
-        history = runs.load_checkpoint(run / "checkpoints/last.pt").history
-        best = runs.load_checkpoint(run / "checkpoints/best.pt")
+        history = checkpoints.load_checkpoint(run / "checkpoints/last.pt").history
+        best = checkpoints.load_checkpoint(run / "checkpoints/best.pt")
         assert len(history) == 3
         assert best.history[-1]["val_loss"] == min(row["val_loss"] for row in history)
 
@@ -164,7 +168,7 @@ def test_a_longer_run_that_is_killed_stays_longer(workplace, tiny, monkeypatch):
 
 
 def test_a_run_that_fails_in_its_first_epoch_leaves_its_name_free(workplace, tiny, monkeypatch):
-    monkeypatch.setattr(train, "pass_over", lambda *args: math.nan)
+    monkeypatch.setattr(epochs, "pass_over", lambda *args: math.nan)
     with pytest.raises(UserError, match="no fold has a finite validation loss"):
         train.start(tiny)
     assert not (workplace / "runs/tiny").exists()
@@ -184,7 +188,7 @@ def test_no_lock_file_is_removed_while_it_is_held(workplace, tiny, monkeypatch):
         unlink(path, **options)
 
     monkeypatch.setattr(os, "unlink", as_windows_does)
-    monkeypatch.setattr(train, "pass_over", lambda *args: math.nan)
+    monkeypatch.setattr(epochs, "pass_over", lambda *args: math.nan)
     with pytest.raises(UserError, match="no fold has a finite validation loss"):
         train.start(tiny)
     assert not (workplace / "runs/tiny").exists()
@@ -192,26 +196,26 @@ def test_no_lock_file_is_removed_while_it_is_held(workplace, tiny, monkeypatch):
 
 def test_how_adam_computes_belongs_to_the_device_not_to_the_checkpoint(workplace, tiny):
     train.start(apply_overrides(tiny, ["train.epochs=1"]))
-    checkpoint = runs.load_checkpoint(workplace / "runs/tiny/checkpoints/last.pt")
+    checkpoint = checkpoints.load_checkpoint(workplace / "runs/tiny/checkpoints/last.pt")
     assert checkpoint.optimizer["param_groups"][0]["fused"] is True
-    learner = train.build_learner(tiny, checkpoint.statistics)
+    learner = build_learner(tiny, checkpoint.statistics)
     learner.optimizer.param_groups[0]["fused"] = None  # as on a device without it
-    train.restore(learner, checkpoint)
+    restore_checkpoint(learner, checkpoint)
     assert learner.optimizer.param_groups[0]["fused"] is None
 
 
 def test_a_fold_that_repeats_its_tiles_is_said(workplace, tiny, capsys):
-    train.prepare_data(tiny)
+    training_set.prepare_data(tiny)
     assert "drawn" not in capsys.readouterr().err
-    train.prepare_data(apply_overrides(tiny, ["train.images_per_epoch=40"]))
+    training_set.prepare_data(apply_overrides(tiny, ["train.images_per_epoch=40"]))
     warning = capsys.readouterr().err
     assert "for the 20 images it needs" in warning and "train.images_per_epoch" in warning
-    train.warn_of_repeats([np.arange(10), np.resize(np.arange(4), 10)])
+    training_set.warn_of_repeats([np.arange(10), np.resize(np.arange(4), 10)])
     assert "has 4 tiles for the 10 images it needs, so each is drawn 2.5 times" in capsys.readouterr().err
 
 
 def test_moving_averages_are_carried_and_the_training_one_drives_the_learning_rate(workplace, tiny, monkeypatch):
-    learner, seen, history = train.build_learner(tiny, train.prepare_data(tiny).statistics), [], []
+    learner, seen, history = build_learner(tiny, training_set.prepare_data(tiny).statistics), [], []
     given = iter([{"train_loss": t, "val_loss": v} for t, v in ((1.0, 5.0), (0.5, 9.0), (2.0, 1.0))])
     monkeypatch.setattr(train, "run_epoch", lambda *args: next(given))
     monkeypatch.setattr(learner.scheduler, "step", seen.append)
@@ -232,7 +236,7 @@ def test_statistics_are_those_of_the_training_tiles(workplace, tiny, tiles_root)
         if tile.split == "test":
             Image.new("RGB", (40, 48), "white").save(tiles_root / tile.image)
     pixels = np.stack([np.asarray(Image.open(tiles_root / tile.image)) for tile in tiles if tile.split == "train"])
-    statistics = train.prepare_data(tiny).statistics
+    statistics = training_set.prepare_data(tiny).statistics
     assert statistics.mean == pytest.approx(pixels.mean((0, 1, 2)) / 255)
 
 
@@ -249,20 +253,20 @@ def test_tiles_that_changed_are_noticed_though_the_list_did_not(workplace, tiny,
 
 
 def test_groups_that_the_list_does_not_hold_are_said(workplace, tiny, tiles_root, capsys):
-    train.prepare_data(tiny)
+    training_set.prepare_data(tiny)
     assert "groups" not in capsys.readouterr().err
-    train.prepare_data(apply_overrides(tiny, ["data.group=(\\d+)$"]))
+    training_set.prepare_data(apply_overrides(tiny, ["data.group=(\\d+)$"]))
     assert "finds other groups" in capsys.readouterr().err
     for pattern in ("^(patient)", "x*", "(z)?.*"):
-        train.prepare_data(apply_overrides(tiny, [f"data.group={pattern}"]))
+        training_set.prepare_data(apply_overrides(tiny, [f"data.group={pattern}"]))
         assert "finds other groups" in capsys.readouterr().err
-    train.prepare_data(apply_overrides(tiny, ["data.group="]))
+    training_set.prepare_data(apply_overrides(tiny, ["data.group="]))
     assert "groups" not in capsys.readouterr().err
     text = (tiles_root / "tiles.csv").read_text()
     for slide in range(6):
         text = text.replace(f",s{slide},", ",,")
     (tiles_root / "tiles.csv").write_text(text)
-    train.prepare_data(tiny)
+    training_set.prepare_data(tiny)
     assert "has no group of two tiles" in capsys.readouterr().err
 
 
@@ -311,8 +315,7 @@ def with_a_dropped_tile(rows):
     (with_a_note, ","), (with_decimal_commas, ";"), (lambda rows: rows[::-1], "\t"), (with_a_dropped_tile, ",")],
     ids=["note", "numbers and separator", "order", "a tile that is dropped"])
 def test_what_does_not_concern_a_run_in_the_list_changes_nothing(workplace, tiny, capsys, change, delimiter):
-    import evaluate
-    from evaluation.entries import ask
+    from evaluation.test_set import open_test_set
 
     tiny = apply_overrides(tiny, ["train.epochs=2"])
     train.start(apply_overrides(tiny, ["name=whole"]))
@@ -322,7 +325,7 @@ def test_what_does_not_concern_a_run_in_the_list_changes_nothing(workplace, tiny
     whole, parts = (state(workplace / "runs" / run) for run in ("whole", "parts"))
     whole["config"]["name"] = "parts"
     assert_equal(whole, parts)
-    assert ask([evaluate.trained(workplace / "runs/parts", "best", [], False)], "test").doubts == []
+    assert open_test_set([candidate_of_run(workplace / "runs/parts", "best", [], False)], "test").caveats == []
 
 
 def on_the_other_side(rows):
@@ -344,15 +347,14 @@ def in_another_group(rows):
 @pytest.mark.parametrize("change", [on_the_other_side, with_swapped_masks, in_another_group, lambda rows: rows[:-1]],
                          ids=["split", "masks", "group", "removed"])
 def test_what_a_run_depends_on_in_the_list_is_noticed(workplace, tiny, change):
-    import evaluate
-    from evaluation.entries import ask
+    from evaluation.test_set import open_test_set
 
     train.start(apply_overrides(tiny, ["train.epochs=1"]))
     rewritten(workplace / "tiles/tiles.csv", change)
     with pytest.raises(UserError, match="changed since this run began"):
         train.resume(workplace / "runs/tiny", ["train.epochs=2"])
-    doubts = ask([evaluate.trained(workplace / "runs/tiny", "best", [], False)], "test").doubts
-    assert len(doubts) == 1 and "may have been training tiles" in doubts[0]
+    caveats = open_test_set([candidate_of_run(workplace / "runs/tiny", "best", [], False)], "test").caveats
+    assert len(caveats) == 1 and "may have been training tiles" in caveats[0]
 
 
 def test_an_existing_run_is_not_overwritten(workplace, tiny):
@@ -386,8 +388,8 @@ def test_same_seed_same_run_and_another_seed_another(workplace, tiny):
 
 def test_folds_start_from_one_snapshot_and_the_survivor_is_the_lowest_finite(workplace, tiny, monkeypatch):
     """A stand-in for the passes: fold losses are given, NaN first; weights and Adam state are marked by each fold."""
-    data = train.prepare_data(tiny)
-    learner = train.build_learner(tiny, data.statistics)
+    data = training_set.prepare_data(tiny)
+    learner = build_learner(tiny, data.statistics)
     learner.model(torch.randn(2, 3, 16, 16)).sum().backward()
     learner.optimizer.step()  # so that there is Adam state to keep apart
     start, seen = learner.snapshot(), []
@@ -404,12 +406,12 @@ def test_folds_start_from_one_snapshot_and_the_survivor_is_the_lowest_finite(wor
                 learner.optimizer.state[parameter]["exp_avg"].fill_(float(len(seen)))
         return float(len(seen))
 
-    monkeypatch.setattr(train, "pass_over", fake_pass)
+    monkeypatch.setattr(epochs, "pass_over", fake_pass)
     for losses, survivor in (([math.nan, 0.25], 1), ([0.25, math.nan], 0), ([0.25, 0.5], 0), ([0.5, 0.25], 1)):
         given = iter(losses)
         learner.restore(start)
         seen.clear()
-        row = train.run_epoch(learner, data, tiny, epoch=1)
+        row = epochs.run_epoch(learner, data, tiny, epoch=1)
         assert row["survivor"] == survivor and row["val_loss"] == 0.25 and row["train_loss"] == survivor + 1
         for parameter in learner.model.parameters():
             assert (parameter == survivor + 1).all()
@@ -418,12 +420,12 @@ def test_folds_start_from_one_snapshot_and_the_survivor_is_the_lowest_finite(wor
     learner.restore(start)
     seen.clear()
     with pytest.raises(UserError, match="no fold has a finite validation loss"):
-        train.run_epoch(learner, data, tiny, epoch=2)
+        epochs.run_epoch(learner, data, tiny, epoch=2)
 
 
 def test_a_snapshot_is_not_changed_by_further_training(workplace, tiny):
-    data = train.prepare_data(tiny)
-    learner = train.build_learner(tiny, data.statistics)
+    data = training_set.prepare_data(tiny)
+    learner = build_learner(tiny, data.statistics)
 
     def step():
         learner.optimizer.zero_grad()
@@ -443,7 +445,7 @@ def test_a_snapshot_is_not_changed_by_further_training(workplace, tiny):
 
 def plain_epoch(config, data, epoch):
     """The method written down without thought of speed: deepcopies, a crop at a time, the loss read at each step."""
-    learner = train.build_learner(config, data.statistics)
+    learner = build_learner(config, data.statistics)
     model, keys = learner.model, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
     loss_of = make_loss(config.loss.name, torch.tensor(data.statistics.frequencies))
     plan, folds = config.train, [data.rows[fold] for fold in draw_folds(
@@ -454,9 +456,9 @@ def plain_epoch(config, data, epoch):
         model.load_state_dict(start)
         optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay,
                                      fused=True)
-        torch.manual_seed(train.torch_seed(config.seed, epoch, fold, "dropout"))
+        torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
         losses = []
-        for crops in (train.training_crops(folds, fold, *keys), train.validation_crops(folds, fold, *keys)):
+        for crops in (training_crops(folds, fold, *keys), validation_crops(folds, fold, *keys)):
             model.train(not losses)
             total = 0.0
             for first in range(0, len(crops), plan.batch_size):
@@ -484,9 +486,9 @@ def plain_epoch(config, data, epoch):
 def test_an_epoch_is_the_plain_one_bit_for_bit(workplace, tiny, settings):
     """In float32 on a CPU, whatever is done for speed; losses are summed in float32 here, so they differ a little."""
     config = apply_overrides(tiny, [*settings, "train.batch_size=5"])  # the last batches are smaller
-    data = train.prepare_data(config)
-    learner = train.build_learner(config, data.statistics)
-    row = train.run_epoch(learner, data, config, epoch=3)
+    data = training_set.prepare_data(config)
+    learner = build_learner(config, data.statistics)
+    row = epochs.run_epoch(learner, data, config, epoch=3)
     survivor, losses, model, optimizer, val_losses = plain_epoch(config, data, epoch=3)
     assert row["survivor"] == survivor
     assert (row["train_loss"], row["val_loss"]) == pytest.approx(losses, rel=1e-6)
@@ -496,10 +498,10 @@ def test_an_epoch_is_the_plain_one_bit_for_bit(workplace, tiny, settings):
 
 
 def test_a_store_on_the_device_changes_no_bit(workplace, tiny):
-    data, rows = train.prepare_data(tiny), []
+    data, rows = training_set.prepare_data(tiny), []
     for store in (data.store, copied_to(torch.device("cpu"), data.store)):
-        learner = train.build_learner(tiny, data.statistics)
-        rows.append((train.run_epoch(learner, replace(data, store=store), tiny, 1), learner.state))
+        learner = build_learner(tiny, data.statistics)
+        rows.append((epochs.run_epoch(learner, replace(data, store=store), tiny, 1), learner.state))
     assert_equal(*rows)
 
 
@@ -516,7 +518,7 @@ def test_too_little_memory_ends_with_three_settings_and_changes_none(workplace, 
     def too_large(*args):
         raise error
 
-    monkeypatch.setattr(train, "pass_over", too_large)
+    monkeypatch.setattr(epochs, "pass_over", too_large)
     with pytest.raises(UserError, match=r"memory.*train\.batch_size.*data\.crop.*model\.widths") as raised:
         train.start(tiny)
     assert "\n" not in str(raised.value) and not (workplace / "runs/tiny").exists()
@@ -529,7 +531,7 @@ def test_too_little_memory_before_training_is_said_too(workplace, tiny, here, mo
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
 
     train.start(apply_overrides(tiny, ["train.epochs=1"]))
-    (workplace / "x.yaml").write_text(tiny.to_yaml().replace("name: tiny", "name: x"))
+    (workplace / "x.yaml").write_text(to_yaml(tiny).replace("name: tiny", "name: x"))
     monkeypatch.setattr(train, "build_learner", too_large)
     out = here("train.py", *arguments, cwd=workplace)
     assert out.returncode == 2 and "train.batch_size" in out.stderr and "Traceback" not in out.stderr
@@ -558,7 +560,7 @@ def test_other_errors_are_not_taken_for_too_little_memory(workplace, tiny, monke
     def broken(*args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(train, "pass_over", broken)
+    monkeypatch.setattr(epochs, "pass_over", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         train.start(tiny)
 
@@ -588,18 +590,18 @@ def test_a_compiled_run_trains_like_one_that_is_not_and_resumes_bit_for_bit(work
 
 
 def test_mean_loss_is_over_images_not_batches(workplace, tiny):
-    data = train.prepare_data(tiny)
-    learner = train.build_learner(tiny, data.statistics)
+    data = training_set.prepare_data(tiny)
+    learner = build_learner(tiny, data.statistics)
     folds = [data.rows[fold] for fold in draw_folds(data.groups, 2, 14, 0, 1)]
-    crops = train.validation_crops(folds, 0, data.store.shape[1:3], 16, 0, 1)
-    with train.Progress("", 1) as progress:
-        losses = [train.pass_over(learner, data, crops, size, False, progress) for size in (7, 3, 1)]
+    crops = validation_crops(folds, 0, data.store.shape[1:3], 16, 0, 1)
+    with Progress("", 1) as progress:
+        losses = [epochs.pass_over(learner, data, crops, size, False, progress) for size in (7, 3, 1)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_learning_rate_is_cut_when_the_ema_worsens_though_the_loss_is_negative(workplace, tiny):
     """With torch's relative threshold a negative loss may worsen for ever."""
-    learner = train.build_learner(tiny, train.prepare_data(tiny).statistics)
+    learner = build_learner(tiny, training_set.prepare_data(tiny).statistics)
     for epoch in range(8):
         learner.scheduler.step(-0.5 + 1e-5 * epoch)
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(tiny.optim.lr * 0.2)
@@ -620,9 +622,9 @@ def test_the_network_learns_a_simple_task(workplace, tiles_root):
     from helpers import GREYS, TINY
     from PIL import Image
 
-    import data_filter
     from common.config import Config
     from dataset import write_tiles
+    from filtering import pipeline
 
     random = np.random.default_rng(0)
     for path in (tiles_root / "masks").iterdir():
@@ -633,9 +635,9 @@ def test_the_network_learns_a_simple_task(workplace, tiles_root):
     config = apply_overrides(Config(name="simple"), [*TINY, f"data.root={tiles_root}", "optim.lr=0.01",
                                                      "train.epochs=16", "train.images_per_epoch=40", "loss.name=ce",
                                                      "model.dropout=0"])
-    write_tiles(tiles_root / "tiles.csv", data_filter.filter_tiles(config).tiles)
+    write_tiles(tiles_root / "tiles.csv", pipeline.filter_tiles(config).tiles)
     train.start(config)
-    history = runs.load_checkpoint(workplace / "runs/simple/checkpoints/last.pt").history
+    history = checkpoints.load_checkpoint(workplace / "runs/simple/checkpoints/last.pt").history
     assert history[0]["val_loss"] > 0.5 and history[-1]["val_loss"] < 0.15
 
 
@@ -643,6 +645,6 @@ def test_every_epoch_trains_on_other_tiles_than_it_validates():
     for epoch in range(5):
         folds = draw_folds([""] * 40, 5, 20, seed=0, epoch=epoch)
         for fold in range(5):
-            crops = train.training_crops(folds, fold, (32, 32), 16, 0, epoch)
+            crops = training_crops(folds, fold, (32, 32), 16, 0, epoch)
             assert not set(crops.rows) & set(folds[fold])
             assert max(Counter(crops.rows.tolist()).values()) == 1

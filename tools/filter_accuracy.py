@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import figures
-from common.config import Filter, apply_overrides, load_config
+from common import palette
+from common.config import Filter
+from common.config_files import apply_overrides, load_config
 from common.console import UserError, argument_parser, markdown_table, run, table
 from common.files import write_text
 from dataset import Tile, read_tiles
@@ -143,7 +144,7 @@ def draw(planted: Sequence[Planted], limits: Filter) -> Figure:
         points = np.array(curve(planted, limits, name, np.linspace(highest / 400, highest, 400)))
         axis.plot(points[:, 0], points[:, 1], color="black", linewidth=2, label="precision")
         axis.plot(points[:, 0], points[:, 2], color="black", linewidth=2, linestyle="--", label="recall of all defects")
-        for defect, colour in zip(OF_MASKS, figures.PALETTE[1:], strict=False):
+        for defect, colour in zip(OF_MASKS, palette.PALETTE[1:], strict=False):
             values = np.array([measured(one.tile, name, limits) or 0 for one in planted
                                if one.defect == defect and one.tile.foreground])
             if values.size:
@@ -180,7 +181,7 @@ def main() -> None:
     text = "\n\n".join(f"## {title}\n\n{markdown_table(header, rows)}" for title, header, rows in parts)
     write_text(settings.with_name("accuracy.md"), f"# Accuracy of the filter on {args.data}\n\n{text}\n\n"
                "![Precision and recall over the thresholds](accuracy.png)\n")
-    figures.save(draw(planted, limits), settings.with_name("accuracy.png"))
+    palette.save(draw(planted, limits), settings.with_name("accuracy.png"))
     print(f"\nwrote {settings.parent}: accuracy.md, accuracy.png")
 
 

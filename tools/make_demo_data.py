@@ -33,7 +33,7 @@ from scipy import ndimage
 
 from common.console import Progress, UserError, argument_parser, command, run, table
 from common.files import writing
-from common.workers import cores, spread
+from common.workers import cores, worker_map
 
 CLASSES = ("background", "tissue", "tumour")
 GREYS = np.array([26, 51, 77], np.uint8)
@@ -507,7 +507,7 @@ def write_tiles(out: Path, tiles: int, slides: int, size: int, seed: int) -> lis
         (out / name).mkdir()
     jobs = sorted((index % slides, index // slides) for index in range(tiles))
     written = []
-    with spread(min(cores(), tiles)) as over, Progress("draw", total=tiles, unit="tile") as progress:
+    with worker_map(min(cores(), tiles)) as over, Progress("draw", total=tiles, unit="tile") as progress:
         for row_and_shares in over(partial(write_tile, out, seed, size), jobs):
             written.append(row_and_shares)
             progress.advance()

@@ -24,7 +24,7 @@ from PIL import Image
 from common.config import Data
 from common.console import Progress, UserError, argument_parser, command, run, table
 from common.files import writing
-from dataset import open_picture, read_image
+from common.pictures import open_picture, read_image
 
 GLAND = {"Adenocarcinoma": 2, "High-grade IN": 2, "Low-grade IN": 1, "Normal": 1, "Polyp": 1, "Serrated adenoma": 1}
 GLAND_ABOVE = 127  # grey of the label; its edges are antialiased
@@ -73,7 +73,8 @@ def write_tiles(pairs: list[tuple[str, Path, Path]], out: Path) -> np.ndarray:
             if image.shape[:2] != mask.shape:
                 raise UserError(f"{label_path}: the label is {mask.shape}, its image {image.shape[:2]} pixels")
             Image.fromarray(image).save(partial / layout.images.replace("{key}", key))
-            Image.fromarray(np.array(layout.greys, np.uint8)[mask]).save(partial / layout.masks.replace("{key}", key))
+            values = np.array(layout.mask_values, np.uint8)[mask]
+            Image.fromarray(values).save(partial / layout.masks.replace("{key}", key))
             pixels += np.bincount(mask.ravel(), minlength=3)
             progress.advance()
     partial.replace(out)

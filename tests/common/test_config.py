@@ -2,7 +2,8 @@ import pytest
 import yaml
 from helpers import REPOSITORY
 
-from common.config import Config, apply_overrides, from_dict, leaves, load_config, to_dict
+from common.config import Config
+from common.config_files import apply_overrides, from_dict, leaves, load_config, to_dict, to_yaml
 from common.console import UserError
 from losses import LOSSES
 
@@ -28,7 +29,7 @@ def test_defaults_are_the_reports_section_5_2():
 def test_yaml_and_back_is_the_identity(tmp_path):
     config = apply_overrides(Config(name="x"), ["optim.lr=1e-5", "data.group=^(s\\d+)", "model.widths=[8, 16]",
                                                 "data.images={key}.png", "loss.name=ce"])
-    assert load_config(write(tmp_path, config.to_yaml())) == config
+    assert load_config(write(tmp_path, to_yaml(config))) == config
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))), "test") == config
     assert config.data.images == "{key}.png" and config.optim.lr == 1e-5
 
@@ -55,7 +56,7 @@ def test_a_limit_can_be_switched_off_in_a_file_and_on_the_command_line(tmp_path,
     config = load_config(write(tmp_path, f"filter: {{max_blank: {word}}}"))
     assert config.filter.max_blank is None and config.filter.max_unmarked is None
     assert apply_overrides(Config(), [f"filter.max_blank={word}"]).filter.max_blank is None
-    assert load_config(write(tmp_path, config.to_yaml())).filter == config.filter
+    assert load_config(write(tmp_path, to_yaml(config))).filter == config.filter
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -153,5 +154,5 @@ def test_a_class_may_not_be_called_like_a_selection_of_classes(name):
                                   "null", "~"])
 def test_text_that_looks_like_a_number_survives_the_file(text, tmp_path):
     config = apply_overrides(Config(), [f"data.group={text}"])
-    (tmp_path / "x.yaml").write_text(config.to_yaml())
+    (tmp_path / "x.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "x.yaml") == config

@@ -11,9 +11,10 @@ from shutil import copytree
 import pytest
 from helpers import REPOSITORY
 
-from common import files
+from common import result_folders
 from common.console import UserError
-from common.files import WriteError, locked, names, refuse_loss, replacing, replacing_folder
+from common.files import WriteError, locked, replacing
+from common.result_folders import check_replaceable, names_in, replacing_folder
 
 
 def test_a_folder_is_replaced_whole_or_left_whole(tmp_path):
@@ -23,12 +24,12 @@ def test_a_folder_is_replaced_whole_or_left_whole(tmp_path):
     with pytest.raises(RuntimeError), replacing_folder(folder) as partial:
         (partial / "b").write_text("2")
         raise RuntimeError
-    assert names(folder) == "a" and {*tmp_path.iterdir()} == {folder, lock}
+    assert names_in(folder) == "a" and {*tmp_path.iterdir()} == {folder, lock}
     folder.rename(tmp_path / ".report.being-replaced")  # what a process killed between the two renames leaves
     (tmp_path / ".report.being-written/b").mkdir(parents=True)
     with pytest.raises(RuntimeError), replacing_folder(folder):
         raise RuntimeError
-    assert names(folder) == "a" and {*tmp_path.iterdir()} == {folder, lock}
+    assert names_in(folder) == "a" and {*tmp_path.iterdir()} == {folder, lock}
     (tmp_path / ".report.being-written/b").mkdir(parents=True)
     (tmp_path / ".report.old").mkdir()  # somebody's
     with replacing_folder(folder) as partial:
@@ -36,7 +37,7 @@ def test_a_folder_is_replaced_whole_or_left_whole(tmp_path):
         with pytest.raises(UserError, match="report is being written by another process"), replacing_folder(folder):
             pytest.fail("both write")
         assert (partial / "c").exists()
-    assert names(folder) == "c" and {*tmp_path.iterdir()} == {folder, lock, tmp_path / ".report.old"}
+    assert names_in(folder) == "c" and {*tmp_path.iterdir()} == {folder, lock, tmp_path / ".report.old"}
 
 
 # ---------------------------------------------------------------------------------------------- two processes at once
@@ -57,7 +58,7 @@ def test_nobody_writes_a_folder_while_it_is_put_in_its_place(tmp_path, monkeypat
     monkeypatch.setattr(Path, "replace", replace)
     with replacing_folder(folder) as partial:
         (partial / "new").touch()
-    assert len(tries) == 2 and names(folder) == "new"
+    assert len(tries) == 2 and names_in(folder) == "new"
 
 
 def write_often(folder, writer, rounds):
@@ -79,7 +80,7 @@ def test_of_several_writers_one_wins_and_its_results_are_whole(tmp_path):
     for process in writers:
         process.join()
     assert [process.exitcode for process in writers] == [0, 0, 0]
-    contents = {path.name: path.read_text() for path in folder.iterdir() if path.name != files.MANIFEST}
+    contents = {path.name: path.read_text() for path in folder.iterdir() if path.name != result_folders.MANIFEST}
     assert sorted(contents) == list("01234567") and len(set(contents.values())) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"report", ".report.lock"}
 
@@ -141,7 +142,7 @@ def test_a_folder_that_cannot_be_moved_keeps_old_and_new_results(tmp_path, monke
         with (pytest.raises(UserError, match=rf"report: cannot be replaced \(Access is denied\).*{name}$"),
               replacing_folder(folder) as partial):
             (partial / "new").touch()
-        assert names(tmp_path / name) == "new" and names(folder) == "old"
+        assert names_in(tmp_path / name) == "new" and names_in(folder) == "old"
 
 
 def test_what_cannot_be_written_is_named_and_the_old_file_stays(tmp_path):
@@ -199,12 +200,12 @@ def test_only_what_was_written_is_replaced(tmp_path):
         write()
     (folder / "inner/link").unlink()
     with pytest.raises(UserError, match="inner lies in .*report, which this would replace"):
-        refuse_loss(folder, [folder / "inner"])
-    refuse_loss(folder, [tmp_path], [tmp_path / "a"])
+        check_replaceable(folder, [folder / "inner"])
+    check_replaceable(folder, [tmp_path], [tmp_path / "a"])
     with pytest.raises(UserError, match=r"holds results of .*/a; move it away"):
-        refuse_loss(folder, [], [tmp_path / "b"])
+        check_replaceable(folder, [], [tmp_path / "b"])
     moved = copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-moved"))
-    refuse_loss(moved / "report", [], [moved / "a"])
+    check_replaceable(moved / "report", [], [moved / "a"])
     (folder / ".written.json").write_text("[]")
     with pytest.raises(UserError, match="holds .written.json and 1 more"):
         write()

@@ -6,7 +6,7 @@ from helpers import REPOSITORY, script
 
 from common import workers
 from common.console import UserError
-from common.workers import AHEAD, CHUNK, cores, spread
+from common.workers import AHEAD, CHUNK, cores, worker_map
 
 
 def square(number):
@@ -20,7 +20,7 @@ def die(number):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_results_come_in_order(workers):
-    with spread(workers) as over:
+    with worker_map(workers) as over:
         assert list(over(square, range(30))) == [number**2 for number in range(30)]
         assert list(over(square, [])) == []
 
@@ -34,13 +34,13 @@ def test_the_workers_are_only_so_far_ahead_of_the_reader():
             return super().__getitem__(part)
 
     items = Items(range(1000))
-    with spread(2) as over:
+    with worker_map(2) as over:
         assert next(over(square, items)) == 0
     assert 0 < items.asked <= (AHEAD * 2 + 1) * CHUNK
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line():
-    with pytest.raises(UserError, match="--workers 1"), spread(2) as over:
+    with pytest.raises(UserError, match="--workers 1"), worker_map(2) as over:
         list(over(die, range(4)))
 
 
@@ -51,7 +51,7 @@ def who(_):
 
 def test_every_worker_has_one_thread_and_this_process_its_own(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with spread(3) as over:
+    with worker_map(3) as over:
         assert "OMP_NUM_THREADS" not in os.environ
         found = dict(over(who, range(60)))
     assert len(found) == 3 and set(found.values()) == {"1"}
@@ -60,7 +60,7 @@ def test_every_worker_has_one_thread_and_this_process_its_own(monkeypatch):
 def test_no_more_workers_than_the_system_can_wait_for(monkeypatch):
     """Windows: 61; Python raises ValueError beyond it."""
     monkeypatch.setattr(workers, "MOST_WORKERS", 2)
-    with spread(5) as over:
+    with worker_map(5) as over:
         assert len({pid for pid, _ in over(who, range(60))}) <= 2
 
 

@@ -18,6 +18,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
+from common import bootstrap
 from evaluation import metrics
 
 SHAPES = [(7, 5), (1, 1), (2, 9), (24, 31), (40, 40)]
@@ -261,13 +262,13 @@ def test_a_weight_of_two_is_the_tile_twice_and_zero_is_not_there():
 
 def test_groups_are_resampled_whole():
     groups = ["a", "b", "a", "", "b", "", "c"]
-    weights = metrics.resampled_weights(groups)
-    assert weights.shape == (1 + metrics.RESAMPLES, 7) and (weights[0] == 1).all()
+    weights = bootstrap.resampled_weights(groups)
+    assert weights.shape == (1 + bootstrap.RESAMPLES, 7) and (weights[0] == 1).all()
     assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 1] == weights[:, 4]).all()
     assert (weights[:, 3] != weights[:, 5]).any()  # tiles without a group are drawn alone
     assert (weights[:, [0, 1, 3, 5, 6]].sum(1) == 5).all()
-    assert np.array_equal(weights, metrics.resampled_weights(groups))
-    assert metrics.resampled_weights([*"aabbccdd"]).tolist() == [[1] * 8]  # four groups are too few
+    assert np.array_equal(weights, bootstrap.resampled_weights(groups))
+    assert bootstrap.resampled_weights([*"aabbccdd"]).tolist() == [[1] * 8]  # four groups are too few
 
 
 def test_the_interval_covers_the_truth_about_95_times_in_100_and_ignoring_groups_does_not():
@@ -280,8 +281,8 @@ def test_the_interval_covers_the_truth_about_95_times_in_100_and_ignoring_groups
         counts[:, 0, 0], counts[:, 0, 1] = right, 100 - right
         tally = metrics.Tally(counts, np.full((240, 2, 3), np.nan))
         for grouped in covered:
-            weights = metrics.resampled_weights([str(i // 10) if grouped else "" for i in range(240)])
-            low, high = metrics.interval(metrics.scores(tally, weights)["pixel_accuracy"], 24 if grouped else 240)
+            weights = bootstrap.resampled_weights([str(i // 10) if grouped else "" for i in range(240)])
+            low, high = bootstrap.interval(metrics.scores(tally, weights)["pixel_accuracy"], 24 if grouped else 240)
             covered[grouped] += low <= 0.6 <= high
     assert 0.88 <= covered[True] / 100 <= 0.99 and covered[False] / 100 < 0.7
 
@@ -292,8 +293,8 @@ def test_the_interval_of_few_groups_covers_the_truth_about_95_times_in_100(group
     random, covered = np.random.default_rng(1), 0
     for _ in range(400):
         values = random.normal(size=groups)
-        drawn = random.multinomial(groups, np.full(groups, 1 / groups), metrics.RESAMPLES) / groups
-        low, high = metrics.interval(np.array([values.mean(), *(drawn @ values)]), groups)
+        drawn = random.multinomial(groups, np.full(groups, 1 / groups), bootstrap.RESAMPLES) / groups
+        low, high = bootstrap.interval(np.array([values.mean(), *(drawn @ values)]), groups)
         covered += low <= 0 <= high
     assert 0.89 <= covered / 400 <= 0.98
 
@@ -305,15 +306,15 @@ def test_the_expanded_interval_is_students_for_a_mean():
         spread = values.std() / math.sqrt(groups)  # the bootstrap divides by n, not n - 1
         samples = values.mean() + spread * stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
         expected = stats.t.interval(0.95, groups - 1, values.mean(), stats.sem(values))
-        assert metrics.interval(np.array([0, *samples]), groups) == pytest.approx(expected, abs=2e-3)
+        assert bootstrap.interval(np.array([0, *samples]), groups) == pytest.approx(expected, abs=2e-3)
 
 
 def test_no_interval_where_a_score_does_not_exist():
-    assert metrics.interval(np.array([0.5]), 9) is None
-    assert metrics.interval(np.full(101, np.nan), 9) is None
+    assert bootstrap.interval(np.array([0.5]), 9) is None
+    assert bootstrap.interval(np.full(101, np.nan), 9) is None
     values = np.linspace(0, 1, 101)
-    assert metrics.interval(np.array([0.5, *values]), 10**6) == pytest.approx((0.025, 0.975), abs=1e-4)
-    assert metrics.interval(np.array([0.5, *values[:50], *[np.nan] * 50]), 10**6) is None
+    assert bootstrap.interval(np.array([0.5, *values]), 10**6) == pytest.approx((0.025, 0.975), abs=1e-4)
+    assert bootstrap.interval(np.array([0.5, *values[:50], *[np.nan] * 50]), 10**6) is None
 
 
 def test_the_mean_over_classes_is_always_over_the_same_classes():
@@ -321,8 +322,8 @@ def test_the_mean_over_classes_is_always_over_the_same_classes():
     counts = np.zeros((10, 3, 3))
     counts[:, 0, 0], counts[:, 1, 1], counts[:, 0, 1] = 90, 50, 5
     counts[0, 2, 2], counts[0, 2, 0] = 1, 30
-    weights = metrics.resampled_weights([""] * 10)
+    weights = bootstrap.resampled_weights([""] * 10)
     dice = metrics.scores(metrics.Tally(counts, np.full((10, 3, 3), np.nan)), weights)["dice"]
     assert dice[0, 3] == pytest.approx(metrics.dice(counts.sum(0)).mean())
     assert (np.isnan(dice[:, 3]) == (weights[:, 0] == 0)).all()
-    assert metrics.interval(dice[:, 3], 10) is None and metrics.interval(dice[:, 0], 10)
+    assert bootstrap.interval(dice[:, 3], 10) is None and bootstrap.interval(dice[:, 0], 10)

@@ -14,14 +14,18 @@ import torch
 from helpers import TINY, write_pairs
 from PIL import Image
 
-import data_filter
 import evaluate
 import train
-from common import figures
-from common.config import Config, Data, apply_overrides
+from common import palette
+from common.config import Config, Data
+from common.config_files import apply_overrides
 from dataset import TILE_LIST, Tile, read_tiles, write_tiles
 from evaluation import page as report_page
-from evaluation.report import Evaluation
+from evaluation.candidates import candidate_of_run
+from evaluation.metrics import Tally
+from evaluation.results import Evaluation
+from evaluation.test_set import open_test_set
+from filtering import pipeline
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'{{ 7*7 }}"
 CLASSES = ["value", "</script><i>tissue", "tumour"]
@@ -38,7 +42,7 @@ def page(tmp_path_factory):
         Image.fromarray(np.minimum(np.asarray(Image.open(path)), 51)).save(path)
     config = apply_overrides(Config(name="one"), [*TINY, f"data.root={root / 'tiles'}", "train.epochs=1"])
     config = replace(config, data=replace(config.data, classes=tuple(CLASSES)))
-    write_tiles(root / "tiles" / TILE_LIST, data_filter.filter_tiles(config).tiles)
+    write_tiles(root / "tiles" / TILE_LIST, pipeline.filter_tiles(config).tiles)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         train.start(config)
@@ -48,8 +52,8 @@ def page(tmp_path_factory):
             contents = torch.load(path, weights_only=True)
             contents["model"]["head.bias"] += torch.tensor([0.3, 0, 0.3]) if name == "two" else 0
             torch.save(contents, path)
-        entries = [evaluate.trained(root / "runs" / name, "best", [], False) for name in ("one", "two")]
-        evaluate.evaluate(entries, evaluate.ask(entries, "all"), root / "out")
+        candidates = [candidate_of_run(root / "runs" / name, "best", [], False) for name in ("one", "two")]
+        evaluate.evaluate(candidates, open_test_set(candidates, "all"), root / "out")
     return root / "out"
 
 
@@ -79,7 +83,7 @@ def opened(browser, page):
     browser.get((page / "report.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    messages = [json.loads(candidate["message"])["message"] for candidate in browser.get_log("performance")]
     asked = {message["params"]["request"]["url"] for message in messages
              if message["method"] == "Network.requestWillBeSent"}
     assert any(url.startswith("file:") for url in asked)
@@ -121,10 +125,10 @@ def layer(browser, key, stack="#cards"):
                                     "recall_value", "surface_dice_mean"])
 def test_sorting_by_any_score_of_either_model(opened, page, column):
     rows = rows_of(page)
-    for entry in ("one", "two"):
-        choose(opened, "#entry", str(["one", "two"].index(entry)))
+    for candidate in ("one", "two"):
+        choose(opened, "#entry", str(["one", "two"].index(candidate)))
         choose(opened, "#sort", column)
-        values = {row["key"]: float(row[column] or "nan") for row in rows if row["entry"] == entry}
+        values = {row["key"]: float(row[column] or "nan") for row in rows if row["entry"] == candidate}
         for worst_first in (True, False):
             if (find(opened, "#order").text == "worst first") != worst_first:
                 find(opened, "#order").click()
@@ -145,8 +149,8 @@ def test_some_tiles_have_no_tumour_score(page):
 def test_views_show_what_they_say(opened, page, how):
     root = page.parent / "tiles"
     tile = next(tile for tile in read_tiles(root) if tile.key == keys_shown(opened)[3])
-    greys, colours = np.array([26, 51, 77]), figures.class_colours(3)
-    truth = np.searchsorted(greys, np.asarray(Image.open(root / tile.mask)))
+    mask_values, colours = np.array([26, 51, 77]), palette.class_colours(3)
+    truth = np.searchsorted(mask_values, np.asarray(Image.open(root / tile.mask)))
 
     def view(number, name):
         if how == "key":
@@ -156,8 +160,8 @@ def test_views_show_what_they_say(opened, page, how):
         pressed = opened.find_elements("css selector", ".bar button[data-view][aria-pressed=true]")
         assert [button.get_attribute("data-view") for button in pressed] == [name]
 
-    for entry, name in enumerate(("one", "two")):
-        predicted = np.searchsorted(greys, np.asarray(Image.open(page / f"predictions/{name}/{tile.key}.png")))
+    for candidate, name in enumerate(("one", "two")):
+        predicted = np.searchsorted(mask_values, np.asarray(Image.open(page / f"predictions/{name}/{tile.key}.png")))
         view(2, "truth")
         assert (layer(opened, tile.key)[..., :3] == colours[truth]).all()
         view(3, "prediction")
@@ -167,7 +171,7 @@ def test_views_show_what_they_say(opened, page, how):
         assert ((errors[..., 3] > 0) == (predicted != truth)).all()
         view(1, "image")
         assert not find(opened, ".card .layer").is_displayed()
-        assert find(opened, "#entry").get_attribute("value") == str(entry)
+        assert find(opened, "#entry").get_attribute("value") == str(candidate)
         press(opened, "m")
 
 
@@ -284,30 +288,30 @@ def test_pictures_and_tables_are_there(opened, page):
     assert len(widths) == 2 and min(widths) > 300
     text = find(opened, "main").text
     contents = json.loads((page / "scores.json").read_text())
-    for entry in contents["entries"]:
-        assert f"{entry['scores']['dice']['mean']['value']:.4f}" in text
-        for row in entry["confusion"]:
+    for candidate in contents["entries"]:
+        assert f"{candidate['scores']['dice']['mean']['value']:.4f}" in text
+        for row in candidate["confusion"]:
             for count in row:
                 assert f"{count:,} px" in text
 
 
-def evaluation_of(count, size, entries=1):
+def evaluation_of(count, size, candidates=1):
     """Incompressible tiles and predictions."""
     random = np.random.default_rng(0)
     tiles = [Tile(str(i), f"{i}.png", f"{i}.png", split="test") for i in range(count)]
     store = random.integers(0, 256, (count, size, size, 4)).astype(np.uint8)
     store[..., 3] %= 3
-    questions = SimpleNamespace(tiles=tiles, store=store, rows=range(count), config=Config(data=Data()))
+    test_set = SimpleNamespace(tiles=tiles, store=store, rows=range(count), config=Config(data=Data()))
     confusion = random.integers(1, 100, (count, 3, 3))
-    tallies = [evaluate.metrics.Tally(confusion, random.random((count, 3, 3))) for _ in range(entries)]
-    return Evaluation(questions, [SimpleNamespace(name=f"e{i}") for i in range(entries)], tallies, [], 3.0)
+    tallies = [Tally(confusion, random.random((count, 3, 3))) for _ in range(candidates)]
+    return Evaluation(test_set, [SimpleNamespace(name=f"e{i}") for i in range(candidates)], tallies, [], 3.0)
 
 
-@pytest.mark.parametrize(("count", "entries", "part"), [(500, 1, 4), (700, 4, 2)])
-def test_500_tiles_take_at_most_20_mb(monkeypatch, count, entries, part):
+@pytest.mark.parametrize(("count", "candidates", "part"), [(500, 1, 4), (700, 4, 2)])
+def test_500_tiles_take_at_most_20_mb(monkeypatch, count, candidates, part):
     """Noise cannot be compressed; the tiles are small, so it is a part of the 20 MB."""
-    evaluation = evaluation_of(count, 128, entries)
-    monkeypatch.setattr(Evaluation, "predicted", lambda self, entry, i: np.roll(self.tile(i)[1], 1 + entry, 0))
+    evaluation = evaluation_of(count, 128, candidates)
+    monkeypatch.setattr(Evaluation, "predicted", lambda self, candidate, i: np.roll(self.tile(i)[1], 1 + candidate, 0))
     monkeypatch.setattr(report_page, "MOST_BYTES", report_page.MOST_BYTES // part)
     places = report_page.gallery_places(evaluation)
     assert len(set(places)) == 500
@@ -316,17 +320,17 @@ def test_500_tiles_take_at_most_20_mb(monkeypatch, count, entries, part):
 
 def test_thumbnails_keep_the_shape_and_small_tiles_their_size(monkeypatch):
     evaluation = evaluation_of(2, 40)
-    monkeypatch.setattr(Evaluation, "predicted", lambda self, entry, i: self.tile(i)[1])
+    monkeypatch.setattr(Evaluation, "predicted", lambda self, candidate, i: self.tile(i)[1])
     address = report_page.thumbnails(evaluation, 0, 320)["truth"]
     assert Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).size == (40, 40)
-    evaluation.questions.store = np.zeros((2, 50, 200, 4), np.uint8)
+    evaluation.test_set.store = np.zeros((2, 50, 200, 4), np.uint8)
     address = report_page.thumbnails(evaluation, 0, 100)["predictions"][0]
     assert Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).size == (100, 25)
 
 
 @pytest.mark.parametrize(("size", "scale"), [(40, 1), (640, 0.5)])
 def test_the_gallery_knows_how_small_its_pictures_are(monkeypatch, size, scale):
-    monkeypatch.setattr(Evaluation, "predicted", lambda self, entry, i: self.tile(i)[1])
+    monkeypatch.setattr(Evaluation, "predicted", lambda self, candidate, i: self.tile(i)[1])
     found = report_page.gallery(evaluation_of(1, size), [0])
     _, _, picture = found["tiles"][0]["truth"].partition(",")
     assert found["scale"] == scale and Image.open(io.BytesIO(base64.b64decode(picture))).width == size * scale

@@ -19,9 +19,9 @@ def train_and_evaluate(folder, name):
     return {name: score["value"] for name, score in dice.items()}, scores["best_constant"]["dice_mean"]
 
 
-def shares(entry):
+def shares(candidate):
     """The scores from 0 to 1 by name and class: all but distances, which one pixel can move far."""
-    return {f"{name} {class_}": number["value"] for name, score in entry["scores"].items()
+    return {f"{name} {class_}": number["value"] for name, score in candidate["scores"].items()
             if name not in ("tile_hausdorff", "tile_hd95")
             for class_, number in ({"": score} if "value" in score else score).items()}
 

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from common.config import Filter
 from dataset import Tile
 from filtering import audit
-from filtering.audit import find_glass, measure, misalignment, smooth_inverted, sum_inverted, verdict
+from filtering.audit import find_glass, measure_tile, misalignment, smooth_inverted, sum_inverted, verdict
 
 
 def literal_algorithm_1(image, mask, sigma, blank_intensity):
@@ -47,7 +47,7 @@ def test_blank_equals_the_algorithm_line_by_line(seed):
     random = np.random.default_rng(seed)
     image, mask = half_glass(random, 60, 70), np.zeros((60, 70), np.uint8)
     mask[5:50, 5 + 5 * seed:40 + 5 * seed] = random.integers(1, 3, (45, 35))
-    blank = measure(image, mask > 0, Filter(sigma=4))["blank"]
+    blank = measure_tile(image, mask > 0, Filter(sigma=4))["blank"]
     assert blank == literal_algorithm_1(image, mask, 4, 40) and 0 <= blank < 1
 
 
@@ -88,7 +88,7 @@ def test_float32_stays_within_its_bound():
 @pytest.mark.parametrize("reference", ["absolute", "maximum"])
 def test_a_white_tile_is_glass(reference):
     white = np.full((40, 40, 3), 255, np.uint8)
-    found = measure(white, np.ones((40, 40), bool), Filter(blank_reference=reference))
+    found = measure_tile(white, np.ones((40, 40), bool), Filter(blank_reference=reference))
     assert found["blank"] == 1 and found["unmarked"] == 0
 
 
@@ -97,7 +97,8 @@ def test_references_differ_as_the_report_and_its_code_do():
     image = np.full((200, 200, 3), 225, np.uint8)
     image[:, :100] = 195
     tissue = np.ones((200, 200), bool)
-    text, code = (measure(image, tissue, Filter(blank_reference=name))["blank"] for name in ("absolute", "maximum"))
+    text, code = (measure_tile(image, tissue, Filter(blank_reference=name))["blank"]
+                  for name in ("absolute", "maximum"))
     assert text == pytest.approx(0.5, abs=0.03) and code == 0
 
 
@@ -106,9 +107,9 @@ def test_unmarked_is_the_share_of_the_tile_that_is_tissue_called_background():
     image[:, :120] = 160
     tissue = np.zeros((200, 200), bool)
     tissue[:, :70] = True
-    assert measure(image, tissue, Filter())["unmarked"] == pytest.approx(0.25, abs=0.03)
+    assert measure_tile(image, tissue, Filter())["unmarked"] == pytest.approx(0.25, abs=0.03)
     tissue[:, :120] = True
-    assert measure(image, tissue, Filter())["unmarked"] < 0.03
+    assert measure_tile(image, tissue, Filter())["unmarked"] < 0.03
 
 
 def blobs(seed, size):
@@ -147,7 +148,7 @@ def test_small_and_narrow_tiles_are_measured(height, width):
     image = random.integers(0, 256, (height, width, 3)).astype(np.uint8)
     tissue = random.random((height, width)) < 0.5
     tissue[0, 0] = True
-    found = measure(image, tissue, Filter())
+    found = measure_tile(image, tissue, Filter())
     assert 0 <= found["blank"] <= 1 and 0 <= found["unmarked"] <= 1
 
 
@@ -180,7 +181,7 @@ def test_the_reports_tile_139_lies_too_low_although_algorithm_1_passes_it(real_d
     for key in ("26", "139", "1058"):
         image = np.asarray(Image.open(real_data / f"report_tiles/frames/frame#{key}.png").convert("RGB"))
         mask = np.asarray(Image.open(real_data / f"report_tiles/masks/mask#{key}.png"))
-        found[key] = measure(image, mask != 26, Filter())
+        found[key] = measure_tile(image, mask != 26, Filter())
         code = audit.find_glass(sum_inverted(image), Filter(blank_reference="maximum"))
         assert (code == scipy_glass(image, Filter(blank_reference="maximum"))).all()
     assert found["139"]["shift_y"] == pytest.approx(120, abs=8) and found["139"]["confidence"] > 0.8

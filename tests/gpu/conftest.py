@@ -19,7 +19,8 @@ import pytest
 import torch
 from gpu_helpers import TINY, write_coloured_tiles
 
-from common.config import Config, apply_overrides
+from common.config import Config
+from common.config_files import apply_overrides
 from common.console import table
 from common.devices import choose_precision
 

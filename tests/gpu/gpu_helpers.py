@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import train
 from common.config import Config
 from common.console import Progress
-from dataset import TILE_LIST, Crops, Tile, normalise, write_tiles
+from dataset import TILE_LIST, Tile, write_tiles
+from training import epochs, training_set
+from training.batches import batches_on, normalise
+from training.crops import Crops
+from training.learner import Learner, build_learner
 from unet import UNet
 
 GREYS = np.array([26, 51, 77], np.uint8)
@@ -43,13 +46,13 @@ def write_coloured_tiles(root: Path, count: int = 48, size: tuple[int, int] = (9
 KINK = 1e-5  # rounding in float32 moves activations, which are about 1, by about a tenth of this
 
 
-def learner_of(config: Config) -> tuple[train.Learner, train.TrainingSet]:
+def learner_of(config: Config) -> tuple[Learner, training_set.TrainingSet]:
     """The learner of a config, with its first weights, and what it learns from."""
-    data = train.prepare_data(config)
-    return train.build_learner(config, data.statistics), data
+    data = training_set.prepare_data(config)
+    return build_learner(config, data.statistics), data
 
 
-def exact_learner(config: Config) -> tuple[train.Learner, train.TrainingSet]:
+def exact_learner(config: Config) -> tuple[Learner, training_set.TrainingSet]:
     """The same in float64, channels first, with the plain Adam: nothing in it is for speed. The config is the CPU's."""
     learner, data = learner_of(config)
     learner.model.double().to(memory_format=torch.contiguous_format)
@@ -66,21 +69,21 @@ def random_crops(rows: np.ndarray, tile_size: tuple[int, int], size: int, count:
     return Crops(random.choice(rows, count), top, left, flips[0], flips[1], size)
 
 
-def crops_for(data: train.TrainingSet, config: Config, batches: int, seed: int = 0) -> Crops:
+def crops_for(data: training_set.TrainingSet, config: Config, batches: int, seed: int = 0) -> Crops:
     return random_crops(data.rows, data.store.shape[1:3], config.data.crop, batches * config.train.batch_size, seed)
 
 
-def loss_of(learner: train.Learner, data: train.TrainingSet, batch: Tensor) -> Tensor:
+def loss_of(learner: Learner, data: training_set.TrainingSet, batch: Tensor) -> Tensor:
     """The loss of a batch (B, size, size, 4) uint8, in the precision of the weights."""
     weight = next(learner.model.parameters())
     images = normalise(batch[..., :3], data.statistics).to(weight.dtype)
     return learner.loss(images if weight.dtype == torch.float32 else images.contiguous(), batch[..., 3].long())
 
 
-def step_losses(learner: train.Learner, data: train.TrainingSet, config: Config, batches: int) -> list[float]:
+def step_losses(learner: Learner, data: training_set.TrainingSet, config: Config, batches: int) -> list[float]:
     """The loss of each step, where `pass_over` has only their mean."""
     losses = []
-    for batch in crops_for(data, config, batches).batches_on(learner.device, data.store, config.train.batch_size):
+    for batch in batches_on(learner.device, crops_for(data, config, batches), data.store, config.train.batch_size):
         loss = loss_of(learner, data, batch)
         loss.backward()
         learner.optimizer.step()
@@ -89,12 +92,12 @@ def step_losses(learner: train.Learner, data: train.TrainingSet, config: Config,
     return losses
 
 
-def pass_over(learner: train.Learner, data: train.TrainingSet, config: Config, batches: int, training: bool = True,
+def pass_over(learner: Learner, data: training_set.TrainingSet, config: Config, batches: int, training: bool = True,
               seed: int = 0) -> float:
     """Random crops by the loop of train.py; the mean loss."""
     with Progress("", 1) as progress:
-        return train.pass_over(learner, data, crops_for(data, config, batches, seed), config.train.batch_size, training,
-                               progress)
+        crops = crops_for(data, config, batches, seed)
+        return epochs.pass_over(learner, data, crops, config.train.batch_size, training, progress)
 
 
 def distance_to_kinks(model: UNet, images: Tensor) -> float:

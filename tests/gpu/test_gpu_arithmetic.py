@@ -13,13 +13,14 @@ from gpu_helpers import (
     step_losses,
     strides_that_matter,
 )
+from helpers import numpy_batches
 from torch import nn
 
 from common.console import Progress
 from common.devices import choose_precision, memory_format
-from dataset import normalise
 from evaluation import metrics
-from fields import measurement
+from fields import gradients, sampling
+from training.batches import batches_on, normalise
 from unet import UNet
 
 pytestmark = pytest.mark.gpu
@@ -75,7 +76,7 @@ def test_tf32_would_not_pass_for_float32(cuda_only, record, monkeypatch):
 
 def gradients_of_a_step(config, learner, data, seed: int) -> dict[str, torch.Tensor]:
     """Of all parameters, after a batch."""
-    batch = next(crops_for(data, config, 1, seed).batches_on(learner.device, data.store, config.train.batch_size))
+    batch = next(batches_on(learner.device, crops_for(data, config, 1, seed), data.store, config.train.batch_size))
     loss_of(learner, data, batch).backward()
     return {name: weight.grad.cpu().double() for name, weight in learner.model.named_parameters()}
 
@@ -83,7 +84,7 @@ def gradients_of_a_step(config, learner, data, seed: int) -> dict[str, torch.Ten
 def batch_far_from_kinks(config, learner, data) -> int:
     """The seed of a batch whose gradients no rounding error decides on."""
     for seed in range(100):
-        batch = next(crops_for(data, config, 1, seed).batches(data.store, config.train.batch_size))
+        batch = next(numpy_batches(crops_for(data, config, 1, seed), data.store, config.train.batch_size))
         images = normalise(torch.from_numpy(batch[..., :3]), data.statistics).double()
         if distance_to_kinks(learner.model.train(), images) > KINK:
             return seed
@@ -135,7 +136,7 @@ def test_weights_gradients_and_adam_state_lie_alike_and_fused_adam_equals_the_pl
     plain_weights = [nn.Parameter(weight.detach().clone()) for weight in weights.values()]
     plain = torch.optim.Adam(plain_weights, lr=5e-4, weight_decay=3e-5, foreach=False, fused=False)
     unlike = set()
-    for batch in crops_for(data, config, 3).batches_on(device, data.store, config.train.batch_size):
+    for batch in batches_on(device, crops_for(data, config, 3), data.store, config.train.batch_size):
         loss_of(learner, data, batch).backward()
         for (name, weight), twin in zip(weights.items(), plain_weights, strict=True):
             twin.grad = weight.grad.clone()
@@ -166,14 +167,14 @@ def test_receptive_fields_equal_those_of_the_cpu_to_1e4(any_gpu, by_path, record
     with torch.no_grad():
         model(torch.randn(4, 3, 64, 64))
     model.double().eval().requires_grad_(False)
-    pixels, fields = measurement.free_pixels(3, 3, seed=0), []
+    pixels, fields = sampling.free_pixels(3, 3, seed=0), []
     seed = next(seed for seed in range(100) if distance_to_kinks(
-        model, measurement.noise_inputs(3, CPU, seed)(0, len(pixels)).double()) > KINK)
+        model, sampling.noise_inputs(3, CPU, seed)(0, len(pixels)).double()) > KINK)
     for place, dtype in ((any_gpu, torch.float32), (CPU, torch.float64)):
         model = model.to(place, dtype, memory_format=memory_format(place))
-        noise = measurement.noise_inputs(3, place, seed)
+        noise = sampling.noise_inputs(3, place, seed)
         with Progress("", len(pixels)) as progress:
-            fields.append(measurement.measure(
+            fields.append(gradients.measure_field(
                 model, lambda start, stop, noise=noise, dtype=dtype: noise(start, stop).to(dtype), pixels, by_path,
                 progress))
     ours, exact = fields

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from gpu_helpers import random_crops
+from helpers import numpy_batches
 
-from dataset import Crops, copied_to, store_on
+from training.batches import batches_on, copied_to, store_on
+from training.crops import Crops
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +30,7 @@ def test_random_flipped_crops_are_those_that_numpy_cuts(device, way):
     assert {*zip(crops.flip_vertical.tolist(), crops.flip_horizontal.tolist(), strict=True)} == {
         (False, False), (False, True), (True, False), (True, True)}
     source = copied_to(device, store) if way == "store on the device" else store
-    assert_batches_equal(crops.batches_on(device, source, 8), crops.batches(store, 8), device)
+    assert_batches_equal(batches_on(device, crops, source, 8), numpy_batches(crops, store, 8), device)
 
 
 def test_a_small_store_goes_to_the_gpu_as_it_is(cuda_only):
@@ -59,7 +61,7 @@ def test_crops_of_a_store_of_9_gb_are_those_that_numpy_cuts(device, record):
     here = Crops(np.append(here.rows, [len(filled) - 1] * 2), *corner, np.append(here.flip_vertical, [False, True]),
                  np.append(here.flip_horizontal, [False, True]), size)
     there = Crops(np.array(filled)[here.rows], here.top, here.left, here.flip_vertical, here.flip_horizontal, size)
-    assert_batches_equal(there.batches_on(device, store, 16), here.batches(known, 16), device)
+    assert_batches_equal(batches_on(device, there, store, 16), numpy_batches(here, known, 16), device)
     record("largest store that was gathered from", bytes_needed / 1e9, unit="GB")
 
 
@@ -90,7 +92,7 @@ def test_each_of_10000_batches_arrives_with_its_own_pixels(device, marked, recor
     of_four = np.repeat(rows, 4)  # each batch is four crops of one tile
     zero, upright = np.zeros(len(of_four), int), np.zeros(len(of_four), bool)
     crops = Crops(of_four, zero, zero, upright, upright, SIDE)
-    found = arrived(crops.batches_on(device, marked, 4), MARKED, device)
+    found = arrived(batches_on(device, crops, marked, 4), MARKED, device)
     expected = torch.from_numpy(rows.astype(np.int32)).expand(2, -1)
     record("page-locked batches that arrived with other pixels, of 10,000", int((found != expected).any(0).sum()),
            at_most=0)

@@ -24,10 +24,13 @@ from gpu_helpers import (
 from helpers import script
 from torch._dynamo.utils import counters
 
-import train
-from common.config import Config, apply_overrides
+from common.config import Config
+from common.config_files import apply_overrides, to_yaml
 from common.console import Progress
-from dataset import Statistics, copied_to
+from dataset import Statistics
+from training import epochs
+from training.batches import batches_on, copied_to
+from training.learner import build_learner
 
 pytestmark = pytest.mark.gpu
 
@@ -96,7 +99,7 @@ def test_compiled_steps_with_dropout_repeat_every_bit_and_lie_as_adam_needs_them
     record("compiled with dropout, another seed: largest difference", largest_difference(first, other), at_least=1e-3)
 
     unlike = set()
-    for batch in crops_for(data, config, 3).batches_on(device, data.store, config.train.batch_size):
+    for batch in batches_on(device, crops_for(data, config, 3), data.store, config.train.batch_size):
         loss_of(learner, data, batch).backward()
         learner.optimizer.step()
         for name, weight in learner.model.named_parameters():
@@ -127,7 +130,7 @@ def compiled_run(workplace: Path, name: str, **environment: str) -> None:
 def whole_and_resumed(workplace: Path, config: Config, **environment: str) -> tuple[dict, dict]:
     """Both at a time, which also makes the times differ by which a compiler may choose its kernels."""
     workplace.mkdir()
-    (workplace / "compiled.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (workplace / "compiled.yaml").write_text(to_yaml(config), encoding="utf-8")
     failures = []
 
     def run(name: str) -> None:
@@ -185,7 +188,7 @@ def test_a_step_of_the_reports_setting_needs_less_than_the_6_gb_that_it_had(devi
     store[..., 3] %= 3
     data = SimpleNamespace(store=copied_to(device, store),
                            statistics=Statistics([0.7, 0.5, 0.7], [0.2, 0.2, 0.2], [0.3, 0.4, 0.3]))
-    learner = train.build_learner(config, data.statistics)
+    learner = build_learner(config, data.statistics)
     snapshots = [learner.snapshot(), learner.snapshot()]
 
     def seconds(batches: int, training: bool) -> float:
@@ -194,7 +197,7 @@ def test_a_step_of_the_reports_setting_needs_less_than_the_6_gb_that_it_had(devi
             torch.cuda.synchronize()
         started = time.perf_counter()
         with Progress("", len(crops)) as progress:
-            loss = train.pass_over(learner, data, crops, batch_size, training, progress)
+            loss = epochs.pass_over(learner, data, crops, batch_size, training, progress)
         assert np.isfinite(loss)
         return time.perf_counter() - started
 

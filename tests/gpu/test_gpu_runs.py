@@ -13,10 +13,11 @@ from helpers import REPOSITORY, script
 from PIL import Image
 
 import train
-from common.config import apply_overrides
+from common.config_files import apply_overrides, to_yaml
 from evaluate import evaluate
-from evaluation.entries import ask, predictor_of, trained
-from training import runs
+from evaluation.candidates import candidate_of_run, predictor_of
+from evaluation.test_set import open_test_set
+from training import run_folder, training_set
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 def test_runs_of_one_seed_and_resumed_runs_are_equal_in_every_bit(device, workplace, configured, record):
     """With dropout, across processes; so are two evaluations."""
     config = configured(device, "model.dropout=0.5")
-    (workplace / "whole.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (workplace / "whole.yaml").write_text(to_yaml(config), encoding="utf-8")
     train.start(config)
     train.start(apply_overrides(config, ["name=parts", "train.epochs=1"]))
     for arguments in (("--config", "whole.yaml", "name=again"), ("--resume", "runs/parts", "train.epochs=3")):
@@ -64,7 +65,7 @@ def test_another_seed_gives_other_bits(device, configured):
 def test_a_run_equals_that_of_the_cpu_within_bounds(device, workplace, configured, record):
     for name, place in (("here", device), ("cpu", CPU)):
         train.start(configured(place, "model.dropout=0", "optim.lr=0.0005", f"name={name}"))
-    ours, exact = (runs.read_metrics(workplace / "runs" / name) for name in ("here", "cpu"))
+    ours, exact = (run_folder.read_metrics(workplace / "runs" / name) for name in ("here", "cpu"))
     for loss in ("train_loss", "val_loss"):
         record(f"first epoch, {loss}: distance to the CPU's, of it", abs(ours[0][loss] / exact[0][loss] - 1),
                at_most=1e-3)
@@ -83,10 +84,10 @@ def test_a_checkpoint_is_evaluated_as_on_the_cpu(device, workplace, configured, 
     train.start(configured(device, "train.epochs=2", "train.images_per_epoch=240"))
     answers, dice = [], []
     for place in (device, CPU):
-        entry = trained(workplace / "runs/tiny", "best", [f"device={place}"], False, "float32")
-        assert entry.device.type == place.type
+        candidate = candidate_of_run(workplace / "runs/tiny", "best", [f"device={place}"], False, "float32")
+        assert candidate.device.type == place.type
         out = workplace / f"evaluation-{len(answers)}"
-        found = evaluate([entry], ask([entry], "test"), out)
+        found = evaluate([candidate], open_test_set([candidate], "test"), out)
         dice.append(found["entries"][0]["scores"]["dice"]["mean"]["value"])
         answers.append(np.stack([np.asarray(Image.open(path)) for path in
                                  sorted((out / "predictions/tiny").iterdir())]))
@@ -102,7 +103,7 @@ def test_bfloat16_answers_what_float32_does(device, configured, record):
     learner, data = learner_of(config)
     pass_over(learner, data, config, 60)
     model = learner.model.eval().requires_grad_(False)
-    store = torch.from_numpy(np.array(train.prepare_data(configured(CPU)).store)).to(device)
+    store = torch.from_numpy(np.array(training_set.prepare_data(configured(CPU)).store)).to(device)
     exact, fast = (predictor_of(model, data.statistics, False, dtype, many=False).logits(store[..., :3]).argmax(1)
                    for dtype in (torch.float32, torch.bfloat16))
     record("60 steps: accuracy in float32", (exact == store[..., 3]).float().mean().item(), at_least=0.9)
@@ -126,7 +127,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**29,) * 2)""",
 def test_too_little_memory_ends_with_one_line_that_names_the_batch_size_and_leaves_no_run(device, workplace,
                                                                                           configured):
     config = configured(device, "model.widths=[256,512]", "train.batch_size=64", "train.images_per_epoch=128")
-    (workplace / "wide.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (workplace / "wide.yaml").write_text(to_yaml(config), encoding="utf-8")
     program = f"import torch\nimport console\nimport train\n{LITTLE_MEMORY[device.type]}\nconsole.run(train.main)"
     result = subprocess.run([sys.executable, "-c", program, "--config", "wide.yaml"], cwd=workplace, text=True,
                             capture_output=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})

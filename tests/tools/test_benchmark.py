@@ -13,9 +13,9 @@ from helpers import script
 from common.config import Model, Train
 from common.console import UserError
 from common.devices import has_bf16
-from data_filter import filter_tiles
-from dataset import SPLITS, Statistics, normalise
+from dataset import SPLITS, Statistics
 from evaluation.inference import Predictor
+from filtering.pipeline import filter_tiles
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import plain, roofline
 from tools.benchmark.__main__ import QUICK, benchmarks, describe, weighed
@@ -33,6 +33,7 @@ from tools.benchmark.network import (
 )
 from tools.benchmark.race import PREPARE, Lap, Race, Setting, Sides, compete, plain_row, turns
 from tools.benchmark.scaling import crops_row, epoch, step_row
+from training.batches import normalise
 from unet import UNet
 
 CPU = torch.device("cpu")

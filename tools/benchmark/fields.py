@@ -6,7 +6,8 @@ import torch
 
 from common.devices import autocast, choose_precision
 from common.geometry import smallest_cut
-from fields.measurement import batches, gradients
+from fields.gradients import gradients
+from fields.sampling import batch_ranges
 from tools.benchmark.race import Lap, Race, Setting
 from unet import UNet
 
@@ -30,7 +31,7 @@ def ours(setting: Setting, count: int, precision: str) -> Lap:
 
     def run() -> None:
         with autocast(device, choose_precision(precision, device)):
-            for start, stop in batches(count, len(model.encoder)):
+            for start, stop in batch_ranges(count, len(model.encoder)):
                 next(gradients(model, cuts[start:stop].clone(), places[start:stop], by_path=False))
         setting.wait()
 

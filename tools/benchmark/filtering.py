@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-import data_filter
 from common.config import Config, Data, Filter
 from common.console import Progress
 from dataset import Tile, find_pairs, read_pair
+from filtering import pipeline
 from filtering.audit import find_glass, sum_inverted
 from tools.benchmark.race import Lap, Race, Setting, alone, plain_row
 
@@ -95,7 +95,7 @@ def our_pass(setting: Setting) -> Lap:
 
     def run() -> None:
         assert folder
-        data_filter.filter_tiles(config, workers=1)
+        pipeline.filter_tiles(config, workers=1)
 
     return Lap(run, tiles_of_a_pass(setting))
 
@@ -120,7 +120,7 @@ def tiles_of_a_pass(setting: Setting) -> int:
 
 def seconds_of_filter(config: Config, workers: int) -> float:
     start = time.perf_counter()
-    data_filter.filter_tiles(config, workers)
+    pipeline.filter_tiles(config, workers)
     return time.perf_counter() - start
 
 
@@ -139,7 +139,7 @@ def peak_memory(config: Config, workers: int) -> float:
     """MB of the largest process of a filter run: this one or a worker."""
     import resource
 
-    data_filter.filter_tiles(config, workers)
+    pipeline.filter_tiles(config, workers)
     # not RUSAGE_SELF, which begins with what the process that started this one had
     ours = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
     return max(ours, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024

@@ -15,15 +15,18 @@ import numpy as np
 import torch
 from torch import nn
 
-import train
 from common.config import Config, Model, Train
 from common.devices import choose_precision
-from dataset import Crops, Statistics, normalise, store_on, training_crops
-from evaluate import tiles_at_once
-from evaluation.entries import Entry, predictor_of
+from dataset import Statistics
+from evaluation.candidates import Candidate, predictor_of
+from evaluation.scoring import tiles_at_once
 from tools.benchmark import plain
 from tools.benchmark.race import Lap, Race, Setting
 from tools.benchmark.roofline import work_of
+from training import epochs, training_set
+from training.batches import batches_on, normalise, store_on
+from training.crops import Crops, training_crops
+from training.learner import build_learner
 from unet import UNet
 
 STATISTICS = Statistics([0.75, 0.55, 0.7], [0.15, 0.2, 0.15], [0.4, 0.4, 0.2])
@@ -59,12 +62,12 @@ def trainer(device: str, batch: int, steps: int, size: int = CROP, widths: tuple
             compiled: bool = False) -> partial:
     """A function that trains our network for `steps` steps as train.py does."""
     config = Config(device=device, model=Model(widths=widths), train=Train(compile=compiled))
-    learner = train.build_learner(config, STATISTICS)
+    learner = build_learner(config, STATISTICS)
     store = store_on(learner.device, random_store(16, max(size, TILE)))
     rows = [np.arange(batch * steps) % len(store), np.array([], int)]
     crops = training_crops(rows, 1, store.shape[1:3], size, 0, 1)
-    data = train.TrainingSet(store, rows[0], [""], STATISTICS, "")
-    return partial(train.pass_over, learner, data, crops, batch, True, SILENT)
+    data = training_set.TrainingSet(store, rows[0], [""], STATISTICS, "")
+    return partial(epochs.pass_over, learner, data, crops, batch, True, SILENT)
 
 
 def steps_of_a_lap(setting: Setting) -> int:
@@ -123,15 +126,15 @@ def our_inference(setting: Setting, many: bool = False, compiled: bool = False, 
     dtype = choose_precision(precision, device)
     images = torch.from_numpy(random_store(count)[..., :3].copy())
 
-    def entry(compiled: bool) -> Entry:
-        return Entry("ours", Config(), Path(), device, "", predictor_of(model, STATISTICS, False, dtype, compiled),
+    def candidate(compiled: bool) -> Candidate:
+        return Candidate("ours", Config(), Path(), device, "", predictor_of(model, STATISTICS, False, dtype, compiled),
                      model, STATISTICS, precision=dtype)
 
-    def lap(entry: Entry) -> list[torch.Tensor]:
-        return [entry.answer(part.to(device), [])[0].cpu() for part in images.split(tiles_at_once(TILE, TILE))]
+    def lap(candidate: Candidate) -> list[torch.Tensor]:
+        return [candidate.answer(part.to(device), [])[0].cpu() for part in images.split(tiles_at_once(TILE, TILE))]
 
-    ours = entry(compiled).for_many() if many else entry(compiled)
-    return Lap(partial(lap, ours), count, {"work": work_of(partial(lap, entry(compiled=False)))})
+    ours = candidate(compiled).for_many() if many else candidate(compiled)
+    return Lap(partial(lap, ours), count, {"work": work_of(partial(lap, candidate(compiled=False)))})
 
 
 def plain_inference(setting: Setting, network: str = "") -> Lap:
@@ -159,7 +162,7 @@ def our_crops(setting: Setting, normalised: bool = False) -> Lap:
     def run() -> int:
         assert folder  # lives as long as the lap
         count = 0
-        for batch in crops.batches_on(torch.device("cpu"), store, Train.batch_size):
+        for batch in batches_on(torch.device("cpu"), crops, store, Train.batch_size):
             count += len(normalise(batch[..., :3], STATISTICS) if normalised else batch)
         return count
 
@@ -180,7 +183,7 @@ def plain_crops(setting: Setting) -> Lap:
 
 
 def our_snapshot(setting: Setting) -> Lap:
-    learner = train.build_learner(Config(device=setting.device), STATISTICS)
+    learner = build_learner(Config(device=setting.device), STATISTICS)
     kept = learner.snapshot()
 
     def run() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from common.console import UserError
 from common.memory import enough_memory, reuse_memory
-from common.workers import deaf_to_interrupts, single_threaded
+from common.workers import ignoring_interrupts, single_threaded
 
 ENOUGH, MOST_ROUNDS = 4.0, 15  # seconds of laps; rounds of short ones
 LESS_MEMORY = "close other programs, or try --quick"
@@ -82,7 +82,7 @@ class Side:
         context = get_context("spawn")
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(there, keeps_memory), daemon=True)
-        with deaf_to_interrupts():
+        with ignoring_interrupts():
             self.process.start()
         there.close()
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import train
 from common.config import Config, Model, Train
 from common.console import Progress
 from common.devices import peak_memory_mb
-from dataset import store_on
 from tools.benchmark.network import STATISTICS, random_crops, random_store, trainer
 from tools.benchmark.race import Setting, in_new_process, plain_row
+from training import epochs, training_set
+from training.batches import batches_on, store_on
+from training.learner import build_learner
 
 SIZES: dict[str, list[dict[str, Any]]] = {  # of a step; the others are the report's
     "crop": [{"size": size} for size in (128, 192, 256, 384, 512)],
@@ -57,7 +58,7 @@ def crops_row(setting: Setting, tiles: int) -> dict:
     """Milliseconds a crop where so many tiles lie."""
     device = torch.device(setting.device)
     store, crops = store_on(device, random_store(tiles)), random_crops(1600, tiles)
-    seconds = timed(lambda: [None for _ in crops.batches_on(device, store, Train.batch_size)], setting, 3)
+    seconds = timed(lambda: [None for _ in batches_on(device, crops, store, Train.batch_size)], setting, 3)
     return plain_row(1000 * seconds / len(crops), None, "ms a crop", tiles=tiles,
                      where="GPU" if isinstance(store, torch.Tensor) and device.type == "cuda" else "memory")
 
@@ -78,11 +79,11 @@ def scaling(setting: Setting) -> Iterator[dict]:
 def epoch(setting: Setting, plan: Train, model: Model, tiles: int) -> dict:
     """Seconds of an epoch as train.py runs it; the first one, which compiles, does not count."""
     config = Config(device=setting.device, model=model, train=replace(plan, compile=setting.device == "cuda"))
-    learner = train.build_learner(config, STATISTICS)
+    learner = build_learner(config, STATISTICS)
     store = store_on(learner.device, random_store(tiles))
-    data = train.TrainingSet(store, np.arange(tiles), [""] * tiles, STATISTICS, "")
+    data = training_set.TrainingSet(store, np.arange(tiles), [""] * tiles, STATISTICS, "")
     numbers = itertools.count(1)
-    seconds = timed(lambda: train.run_epoch(learner, data, config, next(numbers)), setting, 1 if setting.quick else 3)
+    seconds = timed(lambda: epochs.run_epoch(learner, data, config, next(numbers)), setting, 1 if setting.quick else 3)
     images = plan.folds * plan.images_per_epoch
     return plain_row(seconds, None, f"s an epoch of {images} images", images_per_second=round(images / seconds, 1),
                      peak_memory_mb=round(peak_memory_mb(learner.device)))

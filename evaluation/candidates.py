@@ -1,7 +1,4 @@
-"""What is compared on a set of tiles: trained models, and label images that any other tool made.
-
-    entry   one competitor: answers every tile with a class for each pixel, a trained model with logits besides
-"""
+"""What is compared: trained models, and label images that any other tool made."""
 
 import re
 from collections.abc import Sequence
@@ -14,34 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import Config, apply_overrides, leaves, load_config
-from common.console import UserError, warn
+from common.config import Config
+from common.config_files import apply_overrides, leaves, load_config
+from common.console import UserError
 from common.devices import choose_device, choose_precision, memory_format
-from dataset import (
-    SPLITS,
-    TILE_LIST,
-    Statistics,
-    Tile,
-    composed,
-    files_by_key,
-    identity,
-    normalise,
-    open_store,
-    picture_size,
-    read_greys,
-    read_mask,
-    read_tiles,
-)
+from common.files import file_name
+from common.pictures import picture_size, read_mask, read_mask_values
+from dataset import Statistics, Tile, composed, files_by_key
+from evaluation.arguments import MAY_CHANGE
 from evaluation.inference import Predictor
-from training import runs
+from training import checkpoints, run_folder
+from training.batches import normalise
 from unet import UNet
 
-MAY_CHANGE = ("device", "data.root")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 
 
 @dataclass(frozen=True)
-class Entry:
+class Candidate:
     """A competitor; everything that can be refused has been looked at."""
 
     name: str
@@ -76,7 +63,7 @@ class Entry:
         if self.predictor:
             logits = self.predictor.logits(images)
             return logits.argmax(1), logits
-        masks = [read_mask(self.labels[tile.key], self.config.data.greys) for tile in tiles]
+        masks = [read_mask(self.labels[tile.key], self.config.data.mask_values) for tile in tiles]
         return torch.from_numpy(np.stack(masks)).to(images.device).long(), None
 
     def facts(self) -> dict:
@@ -91,7 +78,7 @@ class Entry:
                 "tested_epoch": self.epoch, "flips": self.flips,
                 "precision": str(self.precision).removeprefix("torch.")}
 
-    def for_many(self) -> "Entry":
+    def for_many(self) -> "Candidate":
         """The same, compiled where it is a model in bfloat16 on a CPU: for a thousand tiles or more, of one size."""
         if not self.predictor or self.precision != torch.bfloat16 or self.device.type != "cpu":
             return self
@@ -102,7 +89,8 @@ def predictor_of(model: UNet, statistics: Statistics, flips: bool, precision: to
     return Predictor.of(model, lambda images: normalise(images, statistics), flips, precision, many)
 
 
-def trained(path: Path, which: str, overrides: Sequence[str], flips: bool, precision: str = "auto") -> Entry:
+def candidate_of_run(path: Path, which: str, overrides: Sequence[str], flips: bool,
+                     precision: str = "auto") -> Candidate:
     """The model of a run folder, or of a checkpoint file; `which` is best, last or the path of a checkpoint."""
     def run_of(file: Path) -> Path:
         return file.parent.parent if file.parent.name == "checkpoints" else file.parent
@@ -115,28 +103,29 @@ def trained(path: Path, which: str, overrides: Sequence[str], flips: bool, preci
         other = run_of(file.resolve())
         if other != folder.resolve() and (other / "config.yaml").exists():
             raise UserError(f"{file} is a checkpoint of another run than {folder}: python evaluate.py {file}")
-    checkpoint = runs.load_checkpoint(file)
+    checkpoint = checkpoints.load_checkpoint(file)
     settings = folder / "config.yaml"  # knows where the data lies, should they have moved since the checkpoint
     current = load_config(settings) if settings.exists() else checkpoint.config
-    same = re.compile(r"name|loss|model|data\.(classes|greys)")
-    runs.refuse_other(current, checkpoint, [name for name, _ in leaves(current) if not same.match(name)])
+    same = re.compile(r"name|loss|model|data\.(classes|mask_values)")
+    may_change = [name for name, _ in leaves(current) if not same.match(name)]
+    checkpoints.reject_other_settings(current, checkpoint, may_change)
     config = apply_overrides(checkpoint.config, [f"data.root={current.data.root}", f"device={current.device}",
                                                  *overrides], allowed=MAY_CHANGE)
     device = choose_device(config.device)
-    model = runs.build_model(config)
-    runs.load_weights(model, checkpoint)
+    model = checkpoints.build_model(config)
+    checkpoints.load_weights(model, checkpoint)
     model = model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     dtype = choose_precision(precision, device)
     predictor = predictor_of(model, checkpoint.statistics, flips, dtype, many=False)
     name = (folder.resolve() if folder == path else folder).name or config.name
     of_run = run_of(file.resolve()) == folder.resolve()
-    history = runs.read_metrics(folder) if of_run else ()
-    return Entry(name if file.name == "best.pt" and of_run else f"{name} ({file.stem})", config, file, device,
+    history = run_folder.read_metrics(folder) if of_run else ()
+    return Candidate(name if file.name == "best.pt" and of_run else f"{name} ({file.stem})", config, file, device,
                  checkpoint.tiles, predictor, model, checkpoint.statistics, flips, dtype, folder,
                  checkpoint.epoch, tuple(history or checkpoint.history))
 
 
-def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
+def candidate_of_labels(pattern: str, config: Config, tiles: Sequence[Tile]) -> Candidate:
     """The label images of another tool: a folder, or a pattern such as other/{key}_labels.png.
 
     In a folder the image of a tile bears the name of its mask, of its image, or of its key, as PNG, TIFF or BMP.
@@ -146,10 +135,10 @@ def given(pattern: str, config: Config, tiles: Sequence[Tile]) -> Entry:
         raise UserError(f"{folder}: no such folder of label images; give a folder, or a pattern with {{key}} in it")
     labels = _labels_by_pattern(pattern, tiles) if "{key}" in pattern else _labels_in(folder, tiles)
     for tile in tiles:
-        _refuse_unfit(labels[tile.key], tile, config)
+        _reject_unfit(labels[tile.key], tile, config)
     name = Path(pattern).stem.replace("{key}", "") if "{key}" in pattern else Path(pattern).name
     name = name.strip("-_#. ") or folder.resolve().name
-    return Entry(name, config, Path(pattern), choose_device(config.device), labels=labels)
+    return Candidate(name, config, Path(pattern), choose_device(config.device), labels=labels)
 
 
 def _labels_by_pattern(pattern: str, tiles: Sequence[Tile]) -> dict[str, Path]:
@@ -158,7 +147,7 @@ def _labels_by_pattern(pattern: str, tiles: Sequence[Tile]) -> dict[str, Path]:
     by_key = files_by_key(anchor, Path(pattern).relative_to(anchor).as_posix())
     for tile in tiles:
         if tile.key not in by_key:
-            _refuse_missing(pattern.replace("{key}", tile.key), tile)
+            _reject_missing(pattern.replace("{key}", tile.key), tile)
     return {tile.key: anchor / by_key[tile.key] for tile in tiles}
 
 
@@ -180,94 +169,37 @@ def _labels_in(folder: Path, tiles: Sequence[Tile]) -> dict[str, Path]:
             raise UserError(f"{folder}: both {found[0].name} and {found[1].name} may be the labels of tile "
                             f"'{tile.key}'; keep one, or give a pattern with {{key}} in it")
         if not found:
-            _refuse_missing(f"{folder}/{' or '.join(f'{name}.png' for name in names)}", tile)
+            _reject_missing(f"{folder}/{' or '.join(f'{name}.png' for name in names)}", tile)
         labels[tile.key] = found[0]
     return labels
 
 
-def _refuse_missing(expected: str, tile: Tile) -> NoReturn:
+def _reject_missing(expected: str, tile: Tile) -> NoReturn:
     raise UserError(f"{expected}: no label image for tile '{tile.key}'; every tile that is scored needs one")
 
 
-def _refuse_unfit(path: Path, tile: Tile, config: Config) -> None:
+def _reject_unfit(path: Path, tile: Tile, config: Config) -> None:
     """A `UserError` if a label image has another size than the tile's mask, or other values than masks have."""
     data = config.data
     size, expected = picture_size(path), picture_size(Path(data.root) / tile.mask)
     if size != expected:
         raise UserError(f"{path}: {size[0]} x {size[1]} pixels (height x width), but the mask of tile '{tile.key}' has "
                         f"{expected[0]} x {expected[1]}; they must agree")
-    strange = np.setdiff1d(read_greys(path), data.greys)
+    strange = np.setdiff1d(read_mask_values(path), data.mask_values)
     if strange.size:
-        wanted = ", ".join(f"{grey} for {name}" for grey, name in zip(data.greys, data.classes, strict=True))
+        wanted = ", ".join(f"{grey} for {name}" for grey, name in zip(data.mask_values, data.classes, strict=True))
         raise UserError(f"{path}: holds {', '.join(map(str, strange[:5]))}; label images must hold the greys of the "
                         f"masks: {wanted}")
 
 
-def in_file_names(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "_"
-
-
-def distinct(entries: Sequence[Entry]) -> list[Entry]:
+def with_distinct_names(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The entries, those of one name called by their folders; a `UserError` if that is not enough."""
-    def namesakes(entry: Entry) -> list[Entry]:
-        return [other for other in entries if in_file_names(other.name) == in_file_names(entry.name)]
+    def namesakes(candidate: Candidate) -> list[Candidate]:
+        return [other for other in candidates if file_name(other.name) == file_name(candidate.name)]
 
-    entries = [replace(entry, name=f"{entry.beside}/{entry.name}") if len(namesakes(entry)) > 1 else entry
-               for entry in entries]
-    for same in filter(lambda same: len(same) > 1, map(namesakes, entries)):
-        raise UserError(f"{' and '.join(str(entry.source) for entry in same)} would have the same name, "
+    candidates = [replace(candidate, name=f"{candidate.beside}/{candidate.name}") if len(namesakes(candidate)) > 1
+                  else candidate for candidate in candidates]
+    for same in filter(lambda same: len(same) > 1, map(namesakes, candidates)):
+        raise UserError(f"{' and '.join(str(candidate.source) for candidate in same)} would have the same name, "
                         f"{same[0].name}; name every run and every folder of predictions once, under different names")
-    return entries
-
-
-# ---------------------------------------------------------------------------------------------- what they are asked
-
-@dataclass(frozen=True)
-class Questions:
-    """The tiles that every entry is asked about."""
-
-    config: Config  # whose `data` say where they lie and what their greys mean
-    split: str
-    tiles: list[Tile]
-    rows: list[int]  # of the tiles in the store
-    store: np.ndarray  # (n, H, W, 4) uint8: red, green, blue and class
-    identity: str  # of the list of tiles (dataset.identity)
-    doubts: list[str]  # why scores on these tiles may say too much
-
-
-def listed(config: Config, split: str) -> tuple[list[Tile], list[int]]:
-    """The kept tiles of the data root, and the places of those of `split`: test, train or all."""
-    path = Path(config.data.root) / TILE_LIST
-    tiles = [tile for tile in read_tiles(path.parent) if tile.split in SPLITS]
-    rows = [i for i, tile in enumerate(tiles) if split in (tile.split, "all")]
-    if not rows:
-        wanted = "tile is kept" if split == "all" else f"tile has split = {split}"
-        raise UserError(f"{path}: no {wanted}; run data_filter.py again or fix the list")
-    return tiles, rows
-
-
-def ask(entries: Sequence[Entry], split: str) -> Questions:
-    """Check that the entries can be compared, and open the tiles."""
-    first = entries[0]
-    tiles, rows = listed(first.config, split)
-    asked = identity(tiles)
-    for other in entries[1:]:
-        for name in ("classes", "greys"):
-            ours, theirs = (list(getattr(entry.config.data, name)) for entry in (first, other))
-            if ours != theirs:
-                raise UserError(f"{other.name} has data.{name} {theirs}, {first.name} has {ours}; only entries of the "
-                                "same classes can be compared: evaluate them one at a time")
-        if Path(other.config.data.root).resolve() != Path(first.config.data.root).resolve():
-            raise UserError(f"{other.name} would be tested on the tiles of {other.config.data.root}, and {first.name} "
-                            f"on those of {first.config.data.root}; only scores of the same tiles can be compared: "
-                            "evaluate them one at a time, or give one data.root=FOLDER for all")
-    doubts = [f"{first.config.data.root}/{TILE_LIST} does not keep and split the tiles as it did when {entry.name} was "
-              "trained: some of its test tiles may have been training tiles." for entry in entries
-              if entry.trained_on not in (None, asked)]
-    if split != "test" and any(entry.trained_on == asked for entry in entries):
-        doubts.append(f"Split {split}: models were trained on tiles of it. Only test tiles show what they do on new "
-                      "ones.")
-    for doubt in doubts:
-        warn(doubt)
-    return Questions(first.config, split, [tiles[i] for i in rows], rows,
-                     open_store(Path(first.config.data.root), tiles, first.config.data.greys).pixels, asked, doubts)
+    return candidates
