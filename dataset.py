@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common.console import Progress, UserError
-from common.files import LOCK, locked, remove_leftovers, replacing
+from common.files import LOCK, locked, remove_leftovers, replacing, write_csv
 from common.pictures import picture_size, read_image, read_mask, reading
 from common.randomness import generator
 
@@ -207,13 +207,9 @@ def places_by_group(names: Sequence[str]) -> list[list[int]]:
 
 def write_tiles(path: Path, tiles: Sequence[Tile]) -> None:
     """Write the list whole or not at all."""
-    names = [f.name for f in fields(Tile)]
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        for tile in tiles:
-            writer.writerow({name: "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
-                             for name, value in asdict(tile).items()})
+    rows = [{name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(tile).items()}
+            for tile in tiles]
+    write_csv(path, rows, [f.name for f in fields(Tile)])
 
 
 def read_tiles(root: Path) -> list[Tile]:

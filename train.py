@@ -24,7 +24,7 @@ from common.config import Config
 from common.config_files import apply_overrides, load_config
 from common.console import UserError, argument_parser, command, run
 from common.devices import peak_memory_mb
-from common.files import WriteError
+from common.files import WriteError, write_csv
 from common.memory import enough_memory, reuse_memory
 from training import checkpoints, figures, run_folder
 from training.epochs import moving_average, run_epoch
@@ -65,7 +65,7 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
     """Run epochs until one of the endings; after each, everything that `--resume` needs is on disk."""
     drawn = time.monotonic()
     if history:
-        run_folder.write_metrics(folder / "metrics.csv", history)  # a kill may have come before its last row
+        write_csv(folder / "metrics.csv", history)  # a kill may have come before its last row
     if config.train.compile and not ending(history, config):
         print("train.compile: the first steps are slow, for the network is compiled", flush=True)
     while not ending(history, config):
@@ -78,7 +78,7 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
                 folder / "checkpoints" / f"{name}.pt", config=config, statistics=data.statistics, history=history,
                 tiles=data.tiles, model=learner.model.state_dict(), optimizer=learner.optimizer.state_dict(),
                 scheduler=learner.scheduler.state_dict())
-        run_folder.write_metrics(folder / "metrics.csv", history)
+        write_csv(folder / "metrics.csv", history)
         if time.monotonic() - drawn > SECONDS_BETWEEN_FIGURES:
             palette.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
             drawn = time.monotonic()

@@ -1,10 +1,11 @@
 """Files and folders that appear whole or not at all, and locks, so that two processes never spoil each other's work."""
 
+import csv
 import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str] = ()) -> None:
+    """Write rows by their keys, under `columns` or else the keys of the first row; None becomes an empty cell."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns or rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

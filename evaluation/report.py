@@ -11,7 +11,6 @@
     predictions/      label images of each model, in the data's own greys
 """
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import numpy as np
 
 from common import bootstrap, palette
 from common.console import UserError, markdown_table, table
-from common.files import write_text
+from common.files import write_csv, write_text
 from evaluation import figures, metrics
 from evaluation.results import Evaluation, results, tile_columns
 from evaluation.test_set import TestSet
@@ -33,14 +32,13 @@ DIFFERING = 3  # tiles on which the entries differ most, in tiles.png
 def write_tile_scores(path: Path, evaluation: Evaluation) -> None:
     scores = [tile_columns(evaluation, candidate) for candidate in range(len(evaluation.candidates))]
     names = max(scores, key=len)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["entry", "key", "group", "split", *names])
-        for candidate, columns in zip(evaluation.candidates, scores, strict=True):
-            for i, tile in enumerate(evaluation.test_set.tiles):
-                values = [columns[name][i] if name in columns else math.nan for name in names]
-                writer.writerow([candidate.name, tile.key, tile.group, tile.split,
-                                 *("" if math.isnan(value) else f"{value:.6f}" for value in values)])
+    rows = []
+    for candidate, columns in zip(evaluation.candidates, scores, strict=True):
+        for i, tile in enumerate(evaluation.test_set.tiles):
+            values = {name: columns[name][i] if name in columns else math.nan for name in names}
+            rows.append({"entry": candidate.name, "key": tile.key, "group": tile.group, "split": tile.split}
+                        | {name: None if math.isnan(value) else f"{value:.6f}" for name, value in values.items()})
+    write_csv(path, rows)
 
 
 COLUMNS = {  # heading: where it stands in an entry of scores.json, format
@@ -215,8 +213,7 @@ def write(folder: Path, evaluation: Evaluation, keys: Sequence[str], count: int)
     write_text(folder / "scores.json", json.dumps(contents, indent=2, allow_nan=False) + "\n")
     write_tile_scores(folder / "tiles.csv", evaluation)
     header, rows = table_rows(contents)
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+    write_csv(folder / "table.csv", [dict(zip(header, row, strict=True)) for row in rows])
     paragraphs = [markdown_table(*readable_rows(contents)), *about_tiles(contents), *about_models(contents),
                   *about_scores(contents)]
     write_text(folder / "table.md", "\n\n".join(paragraphs) + "\n")

@@ -6,7 +6,6 @@
     legend.png           which colour is which class
 """
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from common import palette
 from common.console import Progress, UserError, table
+from common.files import write_csv
 from common.pictures import read_image
 from common.result_folders import replacing_folder
 from evaluation import figures
@@ -74,10 +74,7 @@ def predict_folder(candidate: Candidate, images: Sequence[Path], out: Path, sour
                         | {f"share_{name}": round(count / labels.size, 6)
                            for name, count in zip(data.classes, pixels, strict=True)})
             progress.advance()
-        with (partial / "areas.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(partial / "areas.csv", rows)
         palette.save(palette.legend(data.classes), partial / "legend.png")
     return rows
 

@@ -10,7 +10,6 @@
     border.png      accuracy by the distance to the tile's border
 """
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -20,17 +19,10 @@ import numpy as np
 
 from common import geometry, palette
 from common.console import percent, table
-from common.files import write_text
+from common.files import write_csv, write_text
 from fields import figures, theory
 from fields.gradients import TRAINED, UNTRAINED
 from fields.numbers import ALL, ENERGIES, MeasuredRun, contents, fit_gaussian, gaussian, plain
-
-
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows({key: "" if value is None else value for key, value in plain(row).items()} for row in rows)
 
 
 def _shown(number: float | None, form: str) -> str:
@@ -110,8 +102,8 @@ def write(folder: Path, runs: Sequence[MeasuredRun], formats: Sequence[str]) -> 
     """Write everything into `folder`; returns the contents of fields.json."""
     found = contents(runs)
     write_text(folder / "fields.json", json.dumps(plain(found), indent=2, allow_nan=False) + "\n")
-    write_csv(folder / "fields.csv", [row for run in found["runs"] for row in run["fields"]])
-    write_csv(folder / "paths.csv", [row for run in found["runs"] for row in run["paths"]])
+    write_csv(folder / "fields.csv", [plain(row) for run in found["runs"] for row in run["fields"]])
+    write_csv(folder / "paths.csv", [plain(row) for run in found["runs"] for row in run["paths"]])
     maps, profiles = [], []
     for run, numbers in zip(runs, found["runs"], strict=True):
         trained, untrained = (shares(run.fields[kind].map(None, None)) for kind in (TRAINED, UNTRAINED))

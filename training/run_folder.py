@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 from common.config import Config
 from common.config_files import to_yaml
 from common.console import UserError
-from common.files import LOCK, locked, remove_leftovers, replacing, write_text, writing
+from common.files import LOCK, locked, remove_leftovers, write_text, writing
 from dataset import TILE_LIST
 
 NEEDED_METRICS = {"epoch", "survivor", "seconds", "train_loss", "train_ema", "val_loss", "val_ema"}
@@ -135,13 +135,6 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write_metrics(path: Path, history: Sequence[dict]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, history[0].keys())
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def read_metrics(folder: Path) -> list[dict]:
