@@ -1,4 +1,4 @@
-"""Score trained models on tiles they have not seen, compare them, and show where they err (report, section 6).
+"""Score trained models on tiles that training never saw, compare them, and show their errors (report, section 6).
 
     python evaluate.py runs/dice_ce
     python evaluate.py runs/ce runs/wce runs/dice runs/dice_ce --flips
@@ -6,10 +6,11 @@
     python evaluate.py --predictions other_tool/labels --config configs/dice_ce.yaml
     python evaluate.py runs/dice_ce --images FOLDER
 
-Tiles are mirrored up to the size that the network takes and cropped back, and computed in bfloat16 where the hardware
-has it; --precision float32 is the exact mode (docs/performance.md compares). Scores, tables, pictures and a page to
-look at (evaluation/report.py lists them) go to RUN/evaluation, those of several runs to runs/comparison-A-B-C. --images
-needs no masks: label images, overlays and the areas of the classes go to RUN/predictions-FOLDER.
+Tiles are mirrored up to the size that the network takes, and predictions are cropped back. The network computes in
+bfloat16 if the hardware supports it; --precision float32 is exact (docs/performance.md compares both). Scores, tables,
+pictures and a page go to RUN/evaluation (evaluation/report.py lists the files), those of several runs to
+runs/comparison-A-B-C. --images needs no masks: it writes label images, overlays and the areas of the classes to
+RUN/predictions-FOLDER.
 """
 
 import math
@@ -22,15 +23,8 @@ from common.console import UserError, argument_parser, run
 from common.files import file_name
 from common.memory import enough_memory, reuse_memory
 from common.result_folders import check_replaceable, names_in, replacing_folder
-from evaluation import page, report, unlabelled
-from evaluation.arguments import (
-    add_run_arguments,
-    check_checkpoint_argument,
-    mark,
-    output_folder,
-    reject_unused,
-    runs_and_overrides,
-)
+from evaluation import arguments, page, report, unlabelled
+from evaluation.arguments import mark
 from evaluation.candidates import Candidate, candidate_of_labels, candidate_of_run, with_distinct_names
 from evaluation.results import Evaluation
 from evaluation.scoring import score
@@ -44,20 +38,20 @@ LESS_MEMORY = "close other programs, give smaller images (--images), or compute 
 
 def evaluate(candidates: Sequence[Candidate], test_set: TestSet, out: Path, tolerance: float = TOLERANCE,
              keys: Sequence[str] = (), pictures: int = PICTURES) -> dict:
-    """Score every candidate, replace the folder `out`, return the contents of scores.json."""
+    """Score every candidate, replace the folder `out`, and return the contents of scores.json."""
     report.reject_unknown_keys(test_set, keys)
     with replacing_folder(out, sources_of(candidates)) as partial:
         scored = [score(candidate, test_set, tolerance, partial / "predictions" / file_name(candidate.name))
                   for candidate in candidates]
-        evaluation = Evaluation(test_set, list(candidates), [tally for tally, _ in scored],
-                                [paths for _, paths in scored], tolerance)
+        tallies, label_images = (list(parts) for parts in zip(*scored, strict=True))
+        evaluation = Evaluation(test_set, list(candidates), tallies, label_images, tolerance)
         contents = report.write(partial, evaluation, keys, pictures)
         page.write(partial, evaluation, contents)
     return contents
 
 
 def sources_of(candidates: Sequence[Candidate]) -> list[Path]:
-    """What an evaluation is made from. A later evaluation may replace results of the same sources."""
+    """Return what an evaluation is made from; a later evaluation may replace results of the same sources."""
     return [*(candidate.source for candidate in candidates), Path(candidates[0].config.data.root)]
 
 
@@ -65,42 +59,40 @@ def sources_of(candidates: Sequence[Candidate]) -> list[Path]:
 
 def parser_of_arguments() -> ArgumentParser:
     parser = argument_parser(__doc__)
-    add_run_arguments(parser)
+    arguments.add_run_arguments(parser)
     parser.add_argument("--flips", action="store_true", help="average over the 8 flips and turns (8 times the time)")
     parser.add_argument("--predictions", action="append", default=[], metavar="FOLDER",
-                        help="score label images of another tool, or a pattern with {key} in it; can be repeated")
-    parser.add_argument("--config", metavar="YAML", help="where the tiles lie, for --predictions without a run")
+                        help="label images of another tool: a folder, or a pattern with {key} in it; can be repeated")
+    parser.add_argument("--config", metavar="YAML", help="describes the tiles, for --predictions without a run")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="predict images that have no masks")
     parser.add_argument("--tiles", nargs="+", default=[], metavar="KEY", help="the tiles of tiles.png")
-    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help="without --tiles: the number of "
-                        "tiles, from the worst to the best; for several runs, plus the three on which they differ most "
-                        "(default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="PX", help="of the surface Dice "
-                        "(default: %(default)g)")
+    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help="without --tiles: number of tiles, "
+                        "from the worst to the best, in tiles.png (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="PX", help="tolerance of the surface "
+                        "Dice (default: %(default)g)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN/evaluation, "
                         "RUN/predictions-FOLDER, or for several runs comparison-A-B-C beside the first)")
     return parser
 
 
 def check_arguments(parser: ArgumentParser, args: Namespace, runs: Sequence[str]) -> None:
-    """Reject arguments that do not go together, before anything is read."""
+    """Raise a `UserError` for arguments that do not work together, before any file is read."""
     if args.images:
         if len(runs) != 1:
             raise UserError("--images takes one run: python evaluate.py RUN --images FOLDER")
-        reject_unused(parser, args, ("images", "checkpoint", "flips", "precision", "device", "out"), "with --images")
-    elif runs:
-        if args.config:
-            raise UserError("--config has no effect with a run, which has a config of its own; leave it out")
-    elif args.predictions:
+        used = ("images", "checkpoint", "flips", "precision", "device", "out")
+        arguments.reject_unused(parser, args, used, "with --images")
+    elif runs and args.config:
+        raise UserError("--config has no effect with a run, which has its own config; leave it out")
+    elif not runs and args.predictions:
         used = ("predictions", "config", "split", "tiles", "pictures", "tolerance", "device", "out")
-        reject_unused(parser, args, used, "without a run: label images of another tool are scored as they are")
+        arguments.reject_unused(parser, args, used, "without a run: label images are scored as they are")
         if not args.config:
-            raise UserError("--predictions without a run needs --config, which says where the tiles are and what the "
-                            "mask values mean")
-    else:
-        raise UserError("no run given: name at least one run folder, e.g. runs/dice_ce"
-                        + (", before --tiles, since the words after --tiles are keys" if args.tiles else ""))
-    check_checkpoint_argument(args, runs)
+            raise UserError("--predictions without a run needs --config, which describes the tiles and mask values")
+    elif not runs:
+        hint = "; name it before --tiles, because the words after --tiles are keys" if args.tiles else ""
+        raise UserError(f"no run given: name at least one run folder, e.g. runs/dice_ce{hint}")
+    arguments.check_checkpoint_argument(args, runs)
     if not 1 <= max(args.pictures, len(args.tiles)) <= MOST_PICTURES or args.pictures < 1:
         raise UserError(f"--pictures and --tiles draw 1 to {MOST_PICTURES} tiles; report.html shows all of them")
     if not 0 <= args.tolerance < math.inf:
@@ -108,7 +100,7 @@ def check_arguments(parser: ArgumentParser, args: Namespace, runs: Sequence[str]
 
 
 def read_candidates(args: Namespace, runs: Sequence[str], overrides: Sequence[str]) -> list[Candidate]:
-    """Every run and every folder of predictions, read and checked."""
+    """Load and check every run and every folder of predictions."""
     candidates = [candidate_of_run(Path(folder), args.checkpoint, overrides, args.flips, args.precision)
                   for folder in runs]
     if args.predictions:
@@ -119,9 +111,9 @@ def read_candidates(args: Namespace, runs: Sequence[str], overrides: Sequence[st
 
 
 def default_folder(candidates: Sequence[Candidate], args: Namespace) -> Path:
-    """The output folder, named after what is evaluated and how."""
+    """Return the output folder, named after what is evaluated and how."""
     name = f"predictions-{file_name(args.images.resolve().name)}" if args.images else "evaluation"
-    return output_folder(candidates, name, "comparison", [
+    return arguments.output_folder(candidates, name, "comparison", [
         mark(args.split, "test"), mark(args.flips, False, "flips"), mark(args.precision, "auto"),
         mark(args.tolerance, TOLERANCE, "tolerance-{:g}")])
 
@@ -130,23 +122,21 @@ def main() -> None:
     parser = parser_of_arguments()
     args = parser.parse_intermixed_args()
     reuse_memory()
-    runs, overrides = runs_and_overrides(args)
+    runs, overrides = arguments.runs_and_overrides(args)
     check_arguments(parser, args, runs)
     candidates = read_candidates(args, runs, overrides)
     out = args.out or default_folder(candidates, args)
     sources = [candidates[0].source, args.images] if args.images else sources_of(candidates)
-    reads = [*sources, *(path for candidate in candidates for path in (candidate.labels or {}).values()),
-             Path(candidates[0].config.data.root), *map(Path, filter(None, [args.config]))]
-    check_replaceable(out, reads, None if args.out else sources)
+    label_images = [path for candidate in candidates for path in (candidate.label_images or {}).values()]
+    inputs = [*sources_of(candidates), *sources, *label_images, *([Path(args.config)] if args.config else [])]
+    check_replaceable(out, inputs, None if args.out else sources)
     with enough_memory(LESS_MEMORY):
         if args.images:
-            images = unlabelled.find_images(args.images)
-            rows = unlabelled.predict_folder(candidates[0], images, out, sources)
+            rows = unlabelled.predict_folder(candidates[0], unlabelled.find_images(args.images), out, sources)
             print(unlabelled.summary(rows, candidates[0].config.data.classes))
         else:
             test_set = open_test_set(candidates, args.split)
-            contents = evaluate(candidates, test_set, out, args.tolerance, args.tiles, args.pictures)
-            print(report.summary(contents))
+            print(report.summary(evaluate(candidates, test_set, out, args.tolerance, args.tiles, args.pictures)))
     print(f"wrote {out}: {names_in(out)}")
 
 

@@ -1,13 +1,12 @@
-"""The losses of the report's section 6.1, by the names that configs use.
+"""The loss functions of the report's section 6.1, by the names that configs use.
 
     p   softmax of the logits                         probs   (B, K, H, W)
     t   one-hot target                                target  (B, H, W) int64 holds the class of each pixel
     w   class weights, equation 4                     weights (K,)
-    B   the batch, I the pixels of a tile, C the classes
 
-Every loss maps logits (B, K, H, W) and target (B, H, W) to a scalar, and is computed in float32 whatever the precision
+Every loss maps logits (B, K, H, W) and target (B, H, W) to a scalar. It is computed in float32, whatever the precision
 of the network. The report prints equations 2 and 3 without their minus sign, equation 6 without an epsilon, and
-equation 12 with the sign of the Dice term wrong; here they are as they must be.
+equation 12 with the wrong sign of the Dice term. They are corrected here.
 """
 
 from collections.abc import Callable
@@ -19,10 +18,9 @@ EPSILON = 1e-6
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Equations 2 and 3 (negated): the weighted sum over pixels divided by the NUMBER of pixels.
+    """Equation 2, or with weights 3 (negated): the weighted sum over pixels divided by the NUMBER of pixels.
 
-    `torch.nn.CrossEntropyLoss(weight)` divides by the summed weights instead, which makes the weights' scale void and
-    equation 4's normalisation pointless.
+    `torch.nn.CrossEntropyLoss(weight)` divides by the sum of the weights instead, so their scale has no effect there.
     """
     log_probs = torch.log_softmax(logits.float(), dim=1)                             # (B, K, H, W)
     true_log_probs = log_probs.gather(1, target[:, None])[:, 0]                      # (B, H, W)
@@ -34,9 +32,9 @@ def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None)
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
     """Equation 9 for each tile: (B,), the mean over ALL classes of 2 sum(t p) / (sum t + sum p).
 
-    A class that is absent from the target scores 0 here, so that a perfect prediction of a tile with two of three
-    classes has 0.667, and the class's term has no gradient: under this loss false tumour on a tile without tumour costs
-    only what it takes from the other classes. Epsilon stands in the denominator alone, where it keeps 0/0 away.
+    A class that is absent from the target scores 0. So a perfect prediction of a tile with two of three classes has
+    0.667. The absent class's term has no gradient: a falsely predicted class costs only what it takes from the other
+    classes. Epsilon stands only in the denominator, where it prevents 0/0.
     """
     probs = torch.softmax(logits.float(), dim=1)                                     # (B, K, H, W)
     one_hot = torch.zeros_like(probs).scatter_(1, target[:, None], 1.0)              # (B, K, H, W)
@@ -56,7 +54,7 @@ def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def log_dice_ce(logits: Tensor, target: Tensor) -> Tensor:
-    """Equation 12 as it is meant: cross-entropy minus the logarithm of the soft Dice score.
+    """Equation 12, corrected: cross-entropy minus the logarithm of the soft Dice score.
 
     As printed, log(-DICE) + CE falls without bound as the overlap vanishes. The logarithm is of the batch's mean, as in
     equation 6, so unlike the other losses this one is not a mean over tiles.
@@ -66,17 +64,16 @@ def log_dice_ce(logits: Tensor, target: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "ce": cross_entropy,
-    "wce": cross_entropy,
     "dice": dice,
     "dice_ce": dice_ce,
     "log_dice_ce": log_dice_ce,
-}
+}  # and "wce" of `make_loss`, the only one that needs class weights
 
 
 def class_weights(frequencies: Tensor) -> Tensor:
-    """Equation 4: weights (K,) inversely proportional to the classes' frequencies (K,), with sum 1.
+    """Equation 4: weights (K,) with sum 1, inversely proportional to the class frequencies (K,).
 
-    The report's .525 .275 .200 give .181 .345 .474. Raises `ValueError` where a class does not occur.
+    The report's .525 .275 .200 give .181 .345 .474. Raises `ValueError` if a class does not occur.
     """
     if not bool((frequencies > 0).all()):
         raise ValueError(f"class weights need every class to occur; the frequencies are {frequencies.tolist()}")
@@ -85,7 +82,7 @@ def class_weights(frequencies: Tensor) -> Tensor:
 
 
 def make_loss(name: str, frequencies: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of a config's `loss.name`, where the frequencies lie; only `wce` looks at them, (K,)."""
+    """Return the loss function of the setting `loss.name`. "wce" uses the class frequencies (K,), on their device."""
     if name != "wce":
         return LOSSES[name]
     weights = class_weights(frequencies.cpu()).to(frequencies.device)

@@ -1,9 +1,9 @@
 """The U-Net of the report's section 4.2: Ronneberger et al. 2015 with padding, batch norm, LeakyReLU and dropout.
 
-    level   resolution of one step of the U; its width is the number of its channels
-    block   3x3 convolution, dropout, batch norm, LeakyReLU, twice
-    skip    the encoder's features of a level, concatenated to the decoder's of the same level
-    head    the 1x1 convolution to one logit a class
+    level   one resolution of the U; its width is its number of channels
+    block   twice: 3x3 convolution, dropout, batch norm, LeakyReLU
+    skip    the encoder's features of a level, concatenated with the decoder's features of this level
+    head    the 1x1 convolution to one logit for each class
 
 Shapes here and everywhere: B batch, K classes, C channels, H W pixels, N tiles.
 """
@@ -14,9 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from common import geometry
+
 
 def block(in_channels: int, out_channels: int, dropout: float) -> nn.Sequential:
-    """Two padded 3x3 convolutions, each with its own dropout, batch norm and LeakyReLU; H and W stay."""
+    """Two padded 3x3 convolutions, each with its own dropout, batch norm and LeakyReLU; H and W do not change."""
     layers = []
     for channels in (in_channels, out_channels):
         layers += [
@@ -29,7 +31,7 @@ def block(in_channels: int, out_channels: int, dropout: float) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """A U-Net with one level for each of `widths`; the last one is the bottleneck.
+    """A U-Net with one level for each of `widths`; the last level is the bottleneck.
 
     The defaults are the report's large network (7,766,051 parameters); its small one is
     `UNet(widths=(32, 64, 128, 256), dropout=0)` (1,928,483 parameters).
@@ -38,34 +40,31 @@ class UNet(nn.Module):
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 256, 512), dropout: float = 0.5,
                  classes: int = 3, in_channels: int = 3):
         super().__init__()
-        self.multiple = 2 ** (len(widths) - 1)
-        inputs = [in_channels, *widths[:-1]]
-        self.encoder = nn.ModuleList(block(a, b, dropout) for a, b in zip(inputs, widths, strict=True))
+        self.multiple = geometry.multiple(len(widths))
+        self.encoder = nn.ModuleList(block(a, b, dropout) for a, b in pairwise([in_channels, *widths]))
         self.pool = nn.MaxPool2d(2)
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.decoder = nn.ModuleList(block(2 * width, width, dropout) for width in widths[:-1])
         self.head = nn.Conv2d(widths[0], classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, K, H, W).
-
-        Raises `ValueError` where H or W is not a multiple of `self.multiple`: every level but the first halves them.
-        """
+        """Normalised images (B, 3, H, W) to logits (B, K, H, W). H and W must be multiples of `self.multiple`."""
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
-            raise ValueError(f"this U-Net has {len(self.encoder)} levels and takes heights and widths that are "
-                             f"multiples of {self.multiple}; it was given {x.shape[-2]} x {x.shape[-1]}")
+            raise ValueError(f"a U-Net of {len(self.encoder)} levels needs heights and widths that are multiples of "
+                             f"{self.multiple}, not {x.shape[-2]} x {x.shape[-1]}")
         return self.decode(self.encode(x))
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """The features of each level: what the skips carry, and last the bottleneck's."""
+        """Normalised images to the features of each level; the last are the bottleneck's."""
         features = [self.encoder[0](x)]                                              # (B, widths[0], H, W)
         for convolve in self.encoder[1:]:
             features.append(convolve(self.pool(features[-1])))                       # (B, widths[l], H/2^l, W/2^l)
         return features
 
     def decode(self, features: Sequence[Tensor]) -> Tensor:
-        """Features of each level to logits (B, K, H, W); any part of the image that all levels agree on will do."""
+        """Features of each level to logits (B, K, H, W). All may be cut to the same part of the image."""
         *skips, x = features
-        for skip, up, convolve in zip(*map(reversed, (skips, self.up, self.decoder)), strict=True):
-            x = convolve(torch.cat([skip, up(x)], dim=1))                            # (B, widths[l], H/2^l, W/2^l)
+        for level in reversed(range(len(skips))):
+            x = torch.cat([skips[level], self.up[level](x)], dim=1)                  # (B, 2 widths[l], H/2^l, W/2^l)
+            x = self.decoder[level](x)                                               # (B, widths[l], H/2^l, W/2^l)
         return self.head(x)                                                          # (B, K, H, W)

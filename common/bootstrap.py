@@ -1,4 +1,4 @@
-"""Confidence intervals: bootstrap over whole slides or patients."""
+"""Compute 95 % confidence intervals by the bootstrap: draw whole slides or patients at random, with replacement."""
 
 import math
 from collections.abc import Sequence
@@ -7,33 +7,35 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 RESAMPLES = 2000
-FEWEST_GROUPS = 5  # with fewer, no interval covers the truth as often as it says
+FEWEST_GROUPS = 5  # with fewer groups, an interval contains the true value less often than 95 %
 
 
 def resampled_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
-    """Weights (1 + RESAMPLES, N) of the tiles: first the tiles as they are, then bootstrap samples of whole groups.
+    """Return weights (1 + RESAMPLES, N) of N tiles: row 0 counts each tile once, the others are bootstrap samples.
 
-    Tiles of one slide or patient resemble each other: they are drawn together or not at all ("" = the tile alone).
-    With fewer groups than `FEWEST_GROUPS` there is the first row only.
+    `groups` names the slide or patient of each tile. The tiles of a group are drawn together, since they resemble each
+    other. A tile with the name "" is a group of its own. With fewer than `FEWEST_GROUPS` groups there is only row 0.
     """
-    names = {name: i for i, name in enumerate(dict.fromkeys(group or i for i, group in enumerate(groups)))}
-    member = [names[group or i] for i, group in enumerate(groups)]                   # (N,)
-    drawn = np.ones((1, len(names)))
-    if len(names) >= FEWEST_GROUPS:
+    names = [group or i for i, group in enumerate(groups)]
+    index_of_name = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    count = len(index_of_name)
+    times_drawn = np.ones((1, count))
+    if count >= FEWEST_GROUPS:
         random = np.random.default_rng(seed)
-        drawn = np.vstack([drawn, random.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)])
-    return drawn[:, member]
+        samples = random.multinomial(count, np.full(count, 1 / count), RESAMPLES)    # (RESAMPLES, groups)
+        times_drawn = np.vstack([times_drawn, samples])
+    return times_drawn[:, [index_of_name[name] for name in names]]
 
 
 def interval(values: np.ndarray, groups: int) -> tuple[float, float] | None:
-    """The 95 % interval of a score whose (1 + R,) values, by `resampled_weights`, rest on so many groups.
+    """Return the 95 % interval of a score, from its `values` (1 + R,) under the rows of `resampled_weights`.
 
-    The percentile interval, expanded for few groups (Hesterberg 2015, section 4.6): its ends are those percentiles
-    that would make it Student's interval for a mean. None with fewer than `FEWEST_GROUPS`, and where the
-    score does not exist, or in more than one of twenty samples does not.
+    `groups` is the number of groups behind the score. The percentiles are widened for few groups, so that for a mean
+    they give Student's interval (Hesterberg 2015, section 4.6). The result is None with fewer than `FEWEST_GROUPS`
+    groups, or if the score is NaN in row 0 or in more than one of twenty samples.
     """
     samples = values[1:][~np.isnan(values[1:])]
     if len(values) == 1 or groups < FEWEST_GROUPS or np.isnan(values[0]) or len(samples) < 0.95 * (len(values) - 1):
         return None
-    end = ndtr(-math.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.975))
-    return tuple(np.quantile(samples, [end, 1 - end]).tolist())
+    tail = ndtr(-math.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.975))
+    return tuple(np.quantile(samples, [tail, 1 - tail]).tolist())

@@ -1,4 +1,4 @@
-"""Which device, precision and memory layout a script computes with, and how it compiles."""
+"""Choose a device, its precision and its memory layout, compile functions for it, and read its peak memory."""
 
 import logging
 import re
@@ -11,67 +11,68 @@ import torch
 
 from common.console import UserError, warn
 
-MPS_IS_RIGHT = (2, 14)  # the first torch whose batch norm on MPS has right gradients in every layout
+SAFE_ON_MPS = (2, 14)  # the first torch whose batch norm on MPS has correct gradients in every memory layout
+GPU_COMPILER_OPTIONS = {
+    "triton.cudagraphs": True,  # one launch for all kernels of a pass
+    "deterministic": True,  # otherwise kernels are chosen by their measured time, and another kernel rounds differently
+}
 
 
-@cache  # a warning is said once
+@cache  # so that each warning appears once
 def choose_device(name: str) -> torch.device:
-    """The device of a config's `device`: auto = CUDA, else MPS, else CPU, and never one that cannot compute.
+    """Return the device of the setting `device`. "auto" means CUDA, else MPS, else the CPU, if it can compute.
 
-    MPS is taken unasked only with a torch from `MPS_IS_RIGHT` on: before it, batch norm of channels-last tensors raised
-    there or had wrong gradients without a word (pytorch issue #175189, fixed by #188371).
+    "auto" takes MPS only from torch `SAFE_ON_MPS` on: before, batch norm of channels-last tensors on MPS failed or had
+    wrong gradients (pytorch issue #175189, fixed by #188371).
     """
     if name != "auto":
-        problem = _problem(name)
-        if problem:
-            raise UserError(f"device '{name}' cannot be used here ({problem}): expected cuda, cuda:N, mps or cpu, and "
-                            "that this torch and this machine have it; device=auto takes what there is")
+        reason = _why_unusable(name)
+        if reason:
+            raise UserError(f"device '{name}' cannot be used here ({reason}): set device to cuda, cuda:N, mps or cpu, "
+                            "if this machine and this torch support it, or to auto")
         return torch.device(name)
-    here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if here == "mps" and torch.__version__ < MPS_IS_RIGHT:
-        warn(f"device=auto computes on the CPU: with torch {torch.__version__} training on MPS can go wrong. Install "
-             f"torch {'.'.join(map(str, MPS_IS_RIGHT))} or newer, or set device=mps")
-        return torch.device("cpu")
-    problem = _problem(here)
-    if problem:
-        warn(f"device=auto computes on the CPU: '{here}' cannot be used ({problem})")
-        return torch.device("cpu")
-    return torch.device(here)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    reason = _why_unusable(best)
+    if best == "mps" and torch.__version__ < SAFE_ON_MPS:
+        reason = f"training with torch {torch.__version__} on MPS can go wrong; install a newer one, or set device=mps"
+    if reason:
+        warn(f"device=auto uses the CPU instead of {best}: {reason}")
+        best = "cpu"
+    return torch.device(best)
 
 
-def _problem(name: str) -> str:
-    """Why a device cannot compute; "" where it can."""
+def _why_unusable(name: str) -> str:
+    """Return why a device cannot compute, or "" if it can."""
     try:
         device = torch.device(name)
         if device.type not in ("cuda", "mps", "cpu"):
-            return "this project does not know it"
-        ones = torch.ones(2, device=device)  # needs a kernel: some GPUs are seen by a torch that has none for them
+            return "this project does not support it"
+        ones = torch.ones(2, device=device)  # the sum needs a kernel: torch lists some GPUs for which it has none
         return "" if (ones + ones).sum().item() == 4 else "it computes 1 + 1 wrong"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How images and features (B, C, H, W) lie in memory: channels last is faster, but not right on every MPS."""
+    """Return the memory layout of images and features (B, C, H, W): channels last is faster, but not safe on MPS."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 itself. Emulation would be slower than float32."""
+    """Return whether the hardware itself multiplies bfloat16. Emulation would be slower than float32."""
     if device.type == "cuda":
-        with torch.cuda.device(device):  # torch answers for the current one
+        with torch.cuda.device(device):  # the check is for the current device
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":  # torch has no public question for this
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+    if device.type == "cpu":  # torch has no public check for CPUs
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
     return False
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a config's `train.precision`: auto = bfloat16 autocast where the hardware has it, else float32.
+    """Return the dtype of the setting `train.precision`. "auto" means bfloat16 if the hardware has it, else float32.
 
-    From here on float32 is float32 (cuDNN's TF32, which has 10 bits of mantissa, is switched off), and cuDNN computes
-    the same bits each time.
+    Also set cuDNN to full float32 (its TF32 has only 10 bits of mantissa) and to kernels that repeat every bit.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -79,27 +80,31 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which the network runs; with float32 it changes nothing."""
+    """Return the context in which the network runs; with float32 it changes nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def compile_by_shape(function: Callable, **options: object) -> Callable:
-    """`torch.compile`, anew for every shape of the arguments."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which is not needed
-    return torch.compile(function, dynamic=False, **options)
+def compile_by_shape(function: Callable, options: dict[str, object] | None = None) -> Callable:
+    """Compile a function with options of torch's inductor; it compiles again for each new shape of its arguments."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a missing CUDA toolkit
+    return torch.compile(function, dynamic=False, options=options)
+
+
+def compile_for_training(function: Callable, device: torch.device) -> Callable:
+    """Compile a training step so that every process on the same machine computes the same bits."""
+    return compile_by_shape(function, GPU_COMPILER_OPTIONS if device.type == "cuda" else None)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory this process has used: the GPU's where it computes on one, else the machine's (0 on Windows)."""
+    """Return the peak memory of this process in MB: GPU memory on CUDA, else main memory (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if peak:  # getrusage begins with what the process that started this one had
+    if peak:  # getrusage would also count the process that started this one
         return int(peak.group(1)) / 1024
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return 0.0
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

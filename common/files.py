@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and locks, so that two processes never spoil each other's work."""
+"""Write files so that they appear whole or not at all, and lock what two processes must not write at once."""
 
 import csv
 import errno
@@ -13,34 +13,42 @@ from filelock import FileLock, Timeout
 
 from common.console import UserError, warn
 
-LOCK = ".lock"  # in a folder that stays where it is: a run, the tiles
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network file systems without locks answer
+LOCK = ".lock"  # name of the lock file in a folder that is never moved: a run, the tiles
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from network file systems without locks
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 SECONDS_BETWEEN_TRIES = 0.2
 
 
 class WriteError(UserError):
-    """A file that cannot be written: the disk is full, or the system does not allow it."""
+    """A file that cannot be written, because the disk is full or the system does not allow it."""
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says while `path` is written (disk full, not allowed) into a `WriteError` that names it."""
+def writing(path: Path, only_in: Path | None = None) -> Iterator[None]:
+    """Turn an error of the system while `path` is written (disk full, not allowed) into a `WriteError` that names it.
+
+    With `only_in`, an error that names a file outside this folder is passed on, because it comes from reading.
+    """
     try:
         yield
-    except BrokenPipeError:  # of the terminal, not of the file
+    except BrokenPipeError:  # comes from the terminal, not from the file
         raise
     except OSError as error:
-        advice = ("free some space" if error.errno in FULL else "allow writing there, or choose another place"
-                  if error.errno in FORBIDDEN else "look at this place")
-        raise WriteError(f"{path}: cannot be written ({error.strerror or error}); {advice}. What was there before is "
+        if only_in and isinstance(error.filename, str) and not Path(error.filename).is_relative_to(only_in):
+            raise
+        advice = "look at this place"
+        if error.errno in FULL:
+            advice = "free some space"
+        elif error.errno in FORBIDDEN:
+            advice = "allow writing there, or choose another place"
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error}); {advice}. The earlier contents are "
                          "kept") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place if the block ends well, and vanishes if it does not."""
+    """Give a temporary file beside `path`. It replaces `path` if the block succeeds, and is removed if it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -66,28 +74,33 @@ def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str] = ()) -> 
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what killed processes left of `replacing` the file `name`; only for whoever holds the folder."""
+    """Delete the temporary files of `name` that killed processes left. The caller must hold the folder's lock."""
     for leftover in folder.glob(f".{name}.*.tmp"):
         if leftover.name.split(".")[-2].isdecimal():
             leftover.unlink()
 
 
 def file_name(name: str) -> str:
-    """The name with every character replaced that has a meaning in paths or shells."""
+    """Return the name without characters that have a meaning in paths or shells."""
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "_"
 
 
 @contextmanager
 def locked(path: Path, what: Path, busy: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `path`; the system frees it however the process ends. The file itself stays.
+    """Hold the lock file `path`, which stays on disk. The system frees the lock however this process ends.
 
-    While another process holds it: wait, having said so, or raise a `UserError`. `busy` says what the other one does,
-    and `what` is the file or folder that is to be written, which an error names_in.
+    If another process holds it: wait and say so, or raise a `UserError`. `busy` says what the other process does, and
+    `what` is the file or folder to write, which an error names.
     """
     lock = FileLock(path)
     with writing(what):
         try:
-            _acquire(lock, busy, wait)
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise UserError(f"{busy}; wait for it or stop it first") from None
+            print(f"{busy}; waiting until it has ended", file=sys.stderr, flush=True)
+            lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -96,15 +109,3 @@ def locked(path: Path, what: Path, busy: str, wait: bool = False) -> Iterator[No
         yield
     finally:
         lock.release()
-
-
-def _acquire(lock: FileLock, busy: str, wait: bool) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise UserError(f"{busy}; wait for it or stop it first") from None
-        print(f"{busy}; waiting until it has ended", file=sys.stderr, flush=True)
-        lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)
-    except NotImplementedError as error:  # how older versions of filelock say it
-        raise OSError(errno.ENOSYS, str(error)) from None

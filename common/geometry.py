@@ -1,40 +1,45 @@
-"""Exact receptive fields of a U-Net, from its number of levels alone (report, section 6.4).
+"""The exact receptive field of a U-Net, computed from its number of levels alone (report, section 6.4).
 
-    field       first and last input pixel that an output pixel depends on, along one axis; both axes are alike
-    alignment   the output pixel's position modulo 2^(levels - 1): pooling and `up` make its field depend on it
-    path        how far down a signal goes: path l crosses to the decoder by the skip of level l, the last path by the
-                bottleneck. Each sees all that the paths above it see.
+    field       the input pixels that an output pixel depends on, along one axis: both axes are alike
+    alignment   the position of an output pixel modulo 2^(levels - 1); pooling and `up` make the field depend on it
+    path        path l crosses from the encoder to the decoder by the skip of level l, the last path by the bottleneck;
+                its field contains the fields of the paths above it
     canvas      a tile, mirrored up to the next size that the network takes (evaluation/inference.py)
 
-Nothing here needs a tensor: on the way from an output pixel back to the input a 3x3 convolution adds one pixel to
-either side of the field, `up` halves it and the pooling doubles it.
+On the way back from an output pixel to the input, a 3x3 convolution adds one pixel at both ends of the field, `up`
+halves the field and pooling doubles it.
 """
 
 from dataclasses import dataclass
 from itertools import groupby
 
 
+def multiple(levels: int) -> int:
+    """Heights and widths of the input must be multiples of this number; it is also the number of alignments."""
+    return 2 ** (levels - 1)
+
+
 def receptive_field(levels: int, position: int, path: int | None = None, ties: bool = False) -> tuple[int, int]:
     """First and last input pixel that the output pixel at `position` depends on, along one axis, far from borders.
 
-    `path` is the deepest one that is open (the bottleneck's, `levels`, where none is given). With `ties` the pooling
-    passes on nothing but the first of its two pixels: so it does on a constant input, where all are equally large.
+    `path` is the deepest path that is open (default: the bottleneck). With `ties` pooling passes the gradient only to
+    the first of two pixels along the axis, as it does on a constant input, where all pixels are equal.
     """
     path = path or levels
-    first = last = position
-    for _ in range(path - 1):
-        first, last = (first - 2) // 2, (last + 2) // 2  # a block of the decoder, then `up`
+    first, last = _decoder_field(position, position, path)
     if path < levels:
-        first, last = first - 2, last + 2  # the decoder's block that takes the skip; the bottleneck has only one
+        first, last = first - 2, last + 2  # the decoder's block at the skip; the bottleneck has only the next block
     first, last = first - 2, last + 2
     for _ in range(path - 1):
-        first, last = 2 * first - 2, 2 * last + (0 if ties else 1) + 2  # the pooling, then a block of the encoder
+        first, last = 2 * first - 2, 2 * last + (0 if ties else 1) + 2  # pooling, then a block of the encoder
     return first, last
 
 
-def multiple(levels: int) -> int:
-    """Heights and widths that the network takes are multiples of this; there are as many alignments."""
-    return 2 ** (levels - 1)
+def _decoder_field(first: int, last: int, path: int) -> tuple[int, int]:
+    """The pixels at the level of `path` on which the output pixels from `first` to `last` depend."""
+    for _ in range(path - 1):
+        first, last = (first - 2) // 2, (last + 2) // 2  # a block of the decoder, then `up`
+    return first, last
 
 
 def size(levels: int, position: int, path: int | None = None, ties: bool = False) -> int:
@@ -43,45 +48,53 @@ def size(levels: int, position: int, path: int | None = None, ties: bool = False
     return last - first + 1
 
 
-def reach(levels: int, path: int | None = None) -> int:
-    """How many pixels to either side, at most, an output pixel sees."""
-    fields = [(p, *receptive_field(levels, p, path)) for p in range(multiple(levels))]
-    return max(max(p - first, last - p) for p, first, last in fields)
-
-
 def area(levels: int, path: int | None = None) -> float:
     """Pixels of the two-dimensional field, the mean over all alignments."""
     return (sum(size(levels, p, path) for p in range(multiple(levels))) / multiple(levels)) ** 2
 
 
+def box(levels: int) -> tuple[int, int]:
+    """First and last pixel of all fields together, counted from the output pixel: the first is negative."""
+    fields = [receptive_field(levels, p) for p in range(multiple(levels))]
+    return min(first - p for p, (first, _) in enumerate(fields)), max(last - p for p, (_, last) in enumerate(fields))
+
+
+def reach(levels: int) -> int:
+    """The largest distance along an axis, in pixels, at which an output pixel still sees the input."""
+    low, high = box(levels)
+    return max(-low, high)
+
+
+def alignments(levels: int) -> list[tuple[list[int], int, int]]:
+    """The alignments that share a field, and the field's first and last pixel, counted from alignment 0."""
+    by_field = groupby(range(multiple(levels)), key=lambda p: receptive_field(levels, p))
+    return [(list(members), first, last) for (first, last), members in by_field]
+
+
 @dataclass(frozen=True)
 class Cut:
-    """The smallest square input that holds the whole field of one output pixel at any alignment."""
+    """The smallest square input that contains the whole field of one output pixel at any alignment."""
 
-    size: int  # pixels, its side
-    origin: int  # where the output pixels of alignment 0, 1, ... begin
-    decoder: tuple[int, int]  # [start, stop) of the pixels, multiples of 2^(levels - 1), that the decoder needs
+    size: int  # pixels, the side of the square
+    origin: int  # position of the output pixel with alignment 0, followed by alignments 1, 2, ...
+    decoder: tuple[int, int]  # [start, stop) of the pixels that the decoder needs, multiples of 2^(levels - 1)
 
 
 def smallest_cut(levels: int) -> Cut:
-    """What lies outside this cut, padding included, changes nothing in the logits of its central pixels.
+    """The cut for output pixels of every alignment: what lies outside it cannot change their logits.
 
-    In blocks of 2^(levels - 1) pixels: an interval at the deepest level is one of such blocks.
+    It consists of blocks of 2^(levels - 1) pixels, which are single pixels at the deepest level.
     """
     block = multiple(levels)
     fields = [receptive_field(levels, p) for p in range(block)]
-    before = -(min(first for first, _ in fields) // block)
+    before = -(min(first for first, _ in fields) // block)  # blocks
     behind = max(last for _, last in fields) // block
-    first, last = 0, block - 1
-    for _ in range(levels - 1):
-        first, last = (first - 2) // 2, (last + 2) // 2
-    if levels == 1:  # no decoder
-        first, last = 0, 0
+    first, last = _decoder_field(0, block - 1, levels)
     return Cut((before + 1 + behind) * block, before * block, ((before + first) * block, (before + last + 1) * block))
 
 
 def unpadded(levels: int, length: int, canvas: bool = True) -> list[bool]:
-    """Which output pixels (length,) of a tile's axis see nothing beyond the canvas; or beyond the tile itself."""
+    """Which output pixels (length,) along a tile's axis have a field inside the canvas, or else inside the tile."""
     margin = -length % multiple(levels)
     before = margin // 2
     low, high = (0, length + margin) if canvas else (before, before + length)
@@ -90,12 +103,6 @@ def unpadded(levels: int, length: int, canvas: bool = True) -> list[bool]:
 
 
 def padded_share(levels: int, height: int, width: int, canvas: bool = True) -> float:
-    """Share of a tile's output pixels whose field reaches into the padding; without `canvas`, or what is mirrored."""
+    """Share of a tile's output pixels whose field leaves the canvas, or else the tile."""
     rows, columns = (sum(unpadded(levels, length, canvas)) for length in (height, width))
     return 1 - rows * columns / (height * width)
-
-
-def alignments(levels: int, path: int | None = None) -> list[tuple[list[int], int, int]]:
-    """Alignments that share a field, with its first and last pixel as seen from alignment 0 of their block."""
-    fields = [(receptive_field(levels, p, path), p) for p in range(multiple(levels))]
-    return [([p for _, p in members], *field) for field, members in groupby(fields, key=lambda pair: pair[0])]

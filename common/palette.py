@@ -1,7 +1,7 @@
-"""The colours of all pictures, legends, and how a figure is saved.
+"""Colours and legends of all pictures, and how a figure is saved.
 
-Colours are fixed by class index, never scaled to what a picture happens to contain. On the report's autoscaled grey
-plots a mask without tumour looks like one without background (figures 7 and 9 to 11).
+The index of a class alone decides its colour. In the report's plots the grey levels depend on which classes occur, so
+that a mask without tumour looks like one without background (figures 7 and 9 to 11).
 """
 
 import warnings
@@ -16,27 +16,26 @@ from matplotlib.patches import Patch
 
 from common.files import replacing
 
-matplotlib.rcParams["text.parse_math"] = False  # keys, runs and classes may hold a $
-# Okabe and Ito's colours, told apart with every kind of colour vision; the first is the background
+matplotlib.rcParams["text.parse_math"] = False  # names of tiles, runs and classes may contain a $
+# the colours of Okabe and Ito, which suit every kind of colour vision; the first one is the background
 PALETTE = ("#f2f2f2", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#0072b2", "#cc79a7", "#000000")
 ERROR = "#c2007a"
 FOLD, TRAIN, VALIDATION = "#999999", "#0072b2", "#d55e00"
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # of a comparison
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # of candidates
 
 
 def rgb(colour: str) -> np.ndarray:
-    """(3,) uint8."""
+    """Return a colour as (3,) uint8."""
     return np.round(np.array(to_rgb(colour)) * 255).astype(np.uint8)
 
 
 def class_colours(classes: int) -> np.ndarray:
-    """(K, 3) uint8; beyond eight classes the colours repeat, without the background's."""
-    names = [PALETTE[k] if k < len(PALETTE) else PALETTE[1 + (k - 1) % (len(PALETTE) - 1)] for k in range(classes)]
-    return np.array([rgb(name) for name in names])
+    """Return (K, 3) uint8. From the ninth class on, the colours repeat without the background's."""
+    return np.array([rgb(PALETTE[1 + (k - 1) % (len(PALETTE) - 1) if k else 0]) for k in range(classes)])
 
 
 def class_patches(classes: Sequence[str]) -> list[Patch]:
-    """Handles of a legend."""
+    """Return the handles of a legend."""
     return [Patch(facecolor=colour, edgecolor="grey", label=name)
             for name, colour in zip(classes, class_colours(len(classes)) / 255, strict=True)]
 
@@ -48,11 +47,11 @@ def legend(classes: Sequence[str]) -> Figure:
 
 
 def colour_mask(mask: np.ndarray, classes: int) -> np.ndarray:
-    """Class indices (H, W) to colours (H, W, 3) uint8."""
+    """Return the colours (H, W, 3) uint8 of class indices (H, W)."""
     return class_colours(classes)[mask]
 
 
 def save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a key may hold letters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name may contain letters that the font lacks
         figure.savefig(temporary, format=path.suffix[1:])

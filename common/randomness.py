@@ -1,7 +1,4 @@
-"""All randomness is a function of seed, epoch, fold and purpose: every draw has a generator of its own.
-
-So a resumed run equals an uninterrupted one, and the number of processes changes nothing.
-"""
+"""Random generators that depend only on seed, epoch, fold and purpose, so that resuming a run changes nothing."""
 
 import hashlib
 
@@ -9,12 +6,12 @@ import numpy as np
 
 
 def generator(seed: int, epoch: int, fold: int, purpose: str) -> np.random.Generator:
-    """A generator that depends on its keys alone, so that order, workers and restarts change nothing."""
+    """Return a new NumPy generator that depends only on these four keys."""
     return np.random.default_rng(_entropy(seed, epoch, fold, purpose))
 
 
 def torch_seed(seed: int, epoch: int, fold: int, purpose: str) -> int:
-    """The same for `torch.manual_seed`: dropout and initial weights."""
+    """Return a seed for `torch.manual_seed`, which draws dropout and initial weights."""
     return int(np.random.SeedSequence(_entropy(seed, epoch, fold, purpose)).generate_state(1, np.uint64)[0] >> 1)
 
 

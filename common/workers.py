@@ -1,4 +1,4 @@
-"""One function over many items, on several processor cores."""
+"""Run one function on many items in several processes."""
 
 import os
 import signal
@@ -16,55 +16,54 @@ from typing import Any
 
 from common.console import UserError
 
-CHUNK = 16  # items that travel to a worker together, at most; fewer where there are few
-AHEAD = 4  # chunks a worker may be ahead of the reader, which bounds the memory
-MOST_WORKERS = 61 if os.name == "nt" else sys.maxsize  # Windows waits for no more handles than this
+CHUNK = 16  # items that are sent to a worker together, at most
+AHEAD = 4  # chunks for each worker that may wait for the reader, which bounds the memory
+MOST_WORKERS = 61 if os.name == "nt" else sys.maxsize  # Windows cannot wait for more processes
 CGROUP = Path("/sys/fs/cgroup")
-ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
-Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
+ParallelMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
 def cores() -> int:
-    """Processor cores that this process may use: its affinity, and in a container its share of the processor."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(here, _container_cores(CGROUP) or here)
+    """Return the number of processor cores that this process, or its container, may use."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, _container_cores(CGROUP) or available)
 
 
 def _container_cores(folder: Path) -> int | None:
-    """What `docker --cpus` and its kin allow, rounded up; None where there is no such limit (cgroup version 2 or 1)."""
-    for quota, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+    """Return the limit that for example `docker --cpus` sets, rounded up; None without a limit (cgroup 2 or 1)."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
-            words = [word for name in (quota, period) if name for word in (folder / name).read_text().split()]
-            microseconds, of = map(int, words)
-        except (OSError, ValueError):  # no such file; "max", which is no limit
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # no such file, or "max" for no limit
             continue
-        if microseconds > 0 and of > 0:
-            return -(-microseconds // of)
+        if quota > 0 and period > 0:
+            return -(-quota // period)
     return None
 
 
 @contextmanager
-def worker_map(workers: int) -> Iterator[Map]:
-    """A `map` over `workers` processes, whose results come in order; with one worker it runs in this process.
+def worker_map(workers: int) -> Iterator[ParallelMap]:
+    """Give a `map` over `workers` processes, whose results come in order; with one worker it runs in this process.
 
-    >>> with worker_map(workers=2) as over:
-    ...     list(over(abs, [-1, 2]))
+    >>> with worker_map(workers=2) as parallel_map:
+    ...     list(parallel_map(abs, [-1, 2]))
     [1, 2]
     """
     if workers <= 1:
         yield map
         return
     workers = min(workers, MOST_WORKERS)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupt)
-    with single_threaded(), ignoring_interrupts():  # they share the cores
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with single_threaded(), ignoring_interrupts():  # the workers share the cores
         for _ in range(workers):
-            pool.submit(int)  # each starts a worker, as long as none is ready yet
+            pool.submit(int)  # starts a worker, since none is ready yet
 
-    def over(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        return chain.from_iterable(_in_order(pool, function, items, workers))
+    def parallel_map(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        return chain.from_iterable(_chunks_in_order(pool, function, items, workers))
 
     try:
-        yield over
+        yield parallel_map
     except BrokenProcessPool:
         raise UserError("a worker process died, possibly out of memory; try --workers 1") from None
     finally:
@@ -73,32 +72,30 @@ def worker_map(workers: int) -> Iterator[Map]:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """The libraries of processes that start here use one thread."""
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    """Let the numerical libraries of processes that start in this block use one thread."""
+    before = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in THREAD_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager
 def ignoring_interrupts() -> Iterator[None]:
-    """Processes that start here have no ear for Ctrl-C: only their parent speaks."""
-    main = threading.current_thread() is threading.main_thread()  # no other may touch signals
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    """Let processes that start in this block ignore Ctrl-C, so that only their parent reports it."""
+    is_main = threading.current_thread() is threading.main_thread()  # only the main thread may change signals
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
         yield
     finally:
-        if main:
+        if is_main:
             signal.signal(signal.SIGINT, handler)
 
 
-def _in_order(pool: ProcessPoolExecutor, function: Callable, items: Sequence, workers: int) -> Iterator[list]:
+def _chunks_in_order(pool: ProcessPoolExecutor, function: Callable, items: Sequence, workers: int) -> Iterator[list]:
     size = min(CHUNK, max(1, len(items) // (AHEAD * workers)))
     waiting: deque = deque()
     for start in range(0, len(items), size):
@@ -111,7 +108,3 @@ def _in_order(pool: ProcessPoolExecutor, function: Callable, items: Sequence, wo
 
 def _apply(function: Callable, chunk: Sequence) -> list:
     return [function(item) for item in chunk]
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C only the parent speaks

@@ -1,1 +1,1 @@
-"""What evaluate.py uses: prediction, scores, and the report with its page."""
+"""The parts of evaluate.py: predictions, scores, and the report with its page."""

@@ -1,11 +1,13 @@
-"""How good a segmentation is: counts for each tile first (`Tally`), every score from the counts.
+"""Score segmentations: count pixels for each tile (`Tally`), and compute every score from the counts.
 
-    pooled      over the pixels of all tiles together        counts add up, then one score
-    tile_...    mean over tiles                              a score for each tile, then the mean of those that exist
-    surface     the pixels of a class with a neighbour (up, down, left, right) outside it; the tile's border is outside
+    pooled      the counts of all tiles are added, then scored
+    tile_...    each tile is scored, then the mean over tiles is taken
+    surface     the pixels of a class that have a pixel of another class above, below, left or right, or touch the
+                tile's border
 
-The absent-class rule: a class that is neither in the truth nor in the prediction of a tile has no score there (NaN,
-left out of means). A class that is missed or invented has the worst score: 0, or as a distance the tile's diagonal.
+A class is absent from a tile if neither truth nor prediction has it; its score is then NaN, and means leave it out. A
+class is missed if only the truth has it, and falsely predicted if only the prediction has it; it then has the worst
+score, which is 0, or for a distance the tile's diagonal.
 """
 
 import math
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import Tensor
 
 BINS = 15  # of confidence
@@ -22,31 +24,25 @@ SURFACE_SCORES = ("hausdorff", "hd95", "surface_dice")
 
 @dataclass(frozen=True)
 class Tally:
-    """What one model did on N tiles, tile by tile; the last two only where more than labels is known."""
+    """The counts of one candidate on N tiles. Label images have no logits, so the last two are None for them."""
 
-    confusion: np.ndarray  # (N, K, K) int64
+    confusion: np.ndarray  # (N, K, K) int64, pixels of class [truth, prediction]
     surfaces: np.ndarray  # (N, K, 3) the `SURFACE_SCORES`
     soft_dice: np.ndarray | None = None  # (N,)
     calibration: np.ndarray | None = None  # (N, 3, BINS)
 
-    @property
-    def dice(self) -> np.ndarray:
-        """(N,) mean hard Dice over the classes that a tile's truth or prediction has."""
-        return mean_present(dice(self.confusion))
-
-
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Pixels (B, K, K) int64 of class [truth, prediction]; both (B, H, W) hold class indices."""
+    """Count the pixels (B, K, K) int64 of class [truth, prediction]; both (B, H, W) hold class indices."""
     tile = torch.arange(len(target), device=target.device)[:, None, None]
     pairs = (tile * classes + target) * classes + prediction                         # (B, H, W)
     return torch.bincount(pairs.flatten(), minlength=len(target) * classes**2).reshape(-1, classes, classes)
 
 
 def calibration(logits: Tensor, target: Tensor) -> Tensor:
-    """Pixels, summed confidence and right pixels (B, 3, BINS) float64 on the CPU, by confidence in equal bins.
+    """Return (B, 3, BINS) float64 on the CPU: pixels, summed confidence and correct pixels in bins of confidence.
 
-    Confidence is the softmax of the predicted class. It is summed in units of 2^-24, float32's own between 0.5 and 1:
-    whole numbers have the same sum in any order and on any device.
+    Confidence is the softmax of the predicted class. It is summed as an integer in units of 2^-24, the precision of
+    float32 between 0.5 and 1: sums of integers do not depend on their order, which differs between devices.
     """
     confidence, prediction = torch.softmax(logits.float(), dim=1).max(dim=1)         # (B, H, W)
     tile = torch.arange(len(target), device=target.device)[:, None, None]
@@ -60,14 +56,14 @@ def calibration(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def surfaces(prediction: np.ndarray, target: np.ndarray, classes: int, tolerance: float) -> np.ndarray:
-    """Hausdorff distance, HD95 (px) and surface Dice at `tolerance` px of each class, (K, 3), for one tile (H, W).
+    """Return Hausdorff distance, HD95 (pixels) and surface Dice of each class, (K, 3), for one tile (H, W).
 
     HD95 is the larger of the two directions' 95th percentiles. Surface Dice is the share of both surfaces that lies
-    within the tolerance of the other one (Nikolov et al. 2018, on pixels).
+    within `tolerance` pixels of the other surface (Nikolov et al. 2018, on pixels).
     """
     scores = np.full((classes, 3), np.nan)
     for k in range(classes):
-        masks = [np.pad(labels == k, 1) for labels in (target, prediction)]
+        masks = [labels == k for labels in (target, prediction)]
         present = [mask.any() for mask in masks]
         if all(present):
             there, back = _surface_distances(*masks)
@@ -75,78 +71,72 @@ def surfaces(prediction: np.ndarray, target: np.ndarray, classes: int, tolerance
             near = (there <= tolerance).sum() + (back <= tolerance).sum()
             scores[k] = max(there.max(), back.max()), percentile, near / (len(there) + len(back))
         elif any(present):
-            scores[k] = *[math.hypot(*target.shape)] * 2, 0
+            diagonal = math.hypot(*target.shape)
+            scores[k] = diagonal, diagonal, 0
     return scores
 
 
 def _surface_distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distances from each surface pixel of the mask `a` to the surface of `b`, and back; both masks have a margin."""
-    edges = [_surface(mask) for mask in (a, b)]
+    """Return the distances from each surface pixel of mask `a` to the surface of `b`, and back."""
+    edges = [mask & ~binary_erosion(mask) for mask in (a, b)]
     rows, columns = (np.flatnonzero((edges[0] | edges[1]).any(axis)) for axis in (1, 0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     edges = [edge[box] for edge in edges]
     return distance_transform_edt(~edges[1])[edges[0]], distance_transform_edt(~edges[0])[edges[1]]
 
 
-def _surface(mask: np.ndarray) -> np.ndarray:
-    surface = mask.copy()
-    surface[1:-1, 1:-1] &= ~(mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:])
-    return surface
-
-
 def dice(counts: np.ndarray) -> np.ndarray:
-    """Hard Dice of each class (..., K), equation 5: 2 |A and B| / (|A| + |B|)."""
+    """Return the hard Dice of each class (..., K), equation 5: 2 |A and B| / (|A| + |B|)."""
     both, truth, predicted = _pixels(counts)
     return _ratio(2 * both, truth + predicted)
 
 
 def iou(counts: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class (..., K)."""
+    """Return the intersection over union of each class (..., K)."""
     both, truth, predicted = _pixels(counts)
     return _ratio(both, truth + predicted - both)
 
 
 def precision(counts: np.ndarray) -> np.ndarray:
-    """Share of the pixels predicted as a class that are right (..., K); 0 for a class that is missed altogether."""
+    """Return the correct share of the pixels predicted as each class (..., K); 0 for a class that is missed."""
     both, truth, predicted = _pixels(counts)
     return np.where(truth > 0, np.nan_to_num(_ratio(both, predicted)), _ratio(both, predicted))
 
 
 def recall(counts: np.ndarray) -> np.ndarray:
-    """Share of a class's pixels that are found (..., K); 0 for a class that is only predicted."""
+    """Return the share of each class's pixels that is found (..., K); 0 for a class that is falsely predicted."""
     return precision(np.swapaxes(counts, -2, -1))
 
 
+BY_CLASS = {"dice": dice, "iou": iou, "precision": precision, "recall": recall}
+
+
 def pixel_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Share of the pixels with the right class (...), equation 8."""
+    """Return the share of the pixels with the right class (...), equation 8."""
     return _ratio(np.diagonal(counts, axis1=-2, axis2=-1).sum(-1), counts.sum((-2, -1)))
 
 
 def calibration_error(bins: np.ndarray) -> np.ndarray:
-    """Expected calibration error (...) of calibration counts (..., 3, BINS): Guo et al. 2017, 15 equal bins."""
-    pixels, confidence, right = np.moveaxis(bins, -2, 0)                             # (..., BINS) each
-    return _ratio(np.abs(right - confidence).sum(-1), pixels.sum(-1))
+    """Return the expected calibration error (...) of calibration counts (..., 3, BINS) (Guo et al. 2017)."""
+    pixels, confidence, correct = np.moveaxis(bins, -2, 0)                           # (..., BINS) each
+    return _ratio(np.abs(correct - confidence).sum(-1), pixels.sum(-1))
 
 
 def mean_present(scores: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The mean over those scores that exist; NaN where none does."""
+    """Return the mean over the scores that are not NaN; NaN if all are."""
     present = ~np.isnan(scores)
     return _ratio(np.where(present, scores, 0).sum(axis), present.sum(axis))
 
 
 def best_constant(counts: np.ndarray) -> tuple[int, float]:
-    """The class that, predicted everywhere, has the highest mean Dice, and that mean: what any model must beat."""
+    """Return the class with the highest mean Dice if it is predicted everywhere, and that Dice; `counts` is (K, K)."""
     pixels = counts.sum(1)
-    means = []
-    for k in range(len(pixels)):
-        constant = np.zeros_like(counts)
-        constant[:, k] = pixels
-        means.append(float(mean_present(dice(constant))))
-    return int(np.argmax(means)), max(means)
+    dices = 2 * pixels / (pixels.sum() + pixels)  # of each class, if it is predicted everywhere; all others have 0
+    return int(np.argmax(dices)), float(dices.max() / np.count_nonzero(pixels))
 
 
 def _pixels(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels of each class in both, in the truth, in the prediction."""
+    """Return the pixels of each class in both, in the truth, and in the prediction."""
     return np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
 
 
@@ -155,42 +145,42 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         return np.where(denominator > 0, numerator / np.asarray(denominator, float), np.nan)
 
 
-BY_CLASS = {"dice": dice, "iou": iou, "precision": precision, "recall": recall}
-
-
 def tile_scores(tally: Tally) -> dict[str, np.ndarray]:
-    """Every score of every tile: (N,), or (N, K) for those that each class has."""
-    scores = {"soft_dice": tally.soft_dice, "pixel_accuracy": pixel_accuracy(tally.confusion),
-              "ece": None if tally.calibration is None else calibration_error(tally.calibration)}
+    """Return every score of every tile: (N,), or (N, K) for a score of each class."""
+    scores = {"pixel_accuracy": pixel_accuracy(tally.confusion)}
+    if tally.soft_dice is not None:
+        scores = {"soft_dice": tally.soft_dice, **scores, "ece": calibration_error(tally.calibration)}
     scores |= {name: score(tally.confusion) for name, score in BY_CLASS.items()}
-    scores |= {name: tally.surfaces[..., i] for i, name in enumerate(SURFACE_SCORES)}
-    return {name: values for name, values in scores.items() if values is not None}
+    return scores | {name: tally.surfaces[..., i] for i, name in enumerate(SURFACE_SCORES)}
 
 
 def scores(tally: Tally, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Every score over all tiles, for each row of weights (R, N): (R,), or (R, K + 1) with the classes' mean last.
+    """Return every score over all tiles for each row of `weights` (R, N): (R,), or (R, K + 1) with the mean last.
 
-    soft_dice and pixel_accuracy are means over tiles; dice, iou, precision, recall and ece are pooled over pixels;
-    tile_dice and so on are means over the tiles whose truth or prediction has the class. The mean over classes is
-    always one over the classes that the tiles as they are have: a sample of tiles that lacks one of them has no mean.
+    soft_dice and pixel_accuracy are means over tiles. dice, iou, precision, recall and ece are pooled over pixels.
+    tile_dice and so on are means over the tiles whose truth or prediction has the class.
     """
-    def mean_over_tiles(values: np.ndarray) -> np.ndarray:                           # (N, ...) to (R, ...)
-        present = ~np.isnan(values)
-        return _ratio(weights @ np.where(present, values, 0), weights @ present)
-
-    def mean_of_classes(values: np.ndarray) -> np.ndarray:                           # (R, K) to (R,)
-        there = ~np.isnan(values[0])
-        return values[:, there].mean(1) if there.any() else np.full(len(values), np.nan)
-
-    def pooled(counts: np.ndarray) -> np.ndarray:                                    # (N, ...) to (R, ...)
-        return (weights @ counts.reshape(len(counts), -1)).reshape(-1, *counts.shape[1:])
-
     by_tile = tile_scores(tally)
-    found = {name: mean_over_tiles(by_tile[name]) for name in ("soft_dice", "pixel_accuracy") if name in by_tile}
+    found = {name: _mean_over_tiles(by_tile[name], weights) for name in ("soft_dice", "pixel_accuracy")
+             if name in by_tile}
     if tally.calibration is not None:
-        found["ece"] = calibration_error(pooled(tally.calibration))
-    counts = pooled(tally.confusion)
-    found |= {name: score(counts) for name, score in BY_CLASS.items()}
-    found |= {f"tile_{name}": mean_over_tiles(by_tile[name]) for name in (*BY_CLASS, *SURFACE_SCORES)}
-    return {name: values if values.ndim == 1 else np.column_stack([values, mean_of_classes(values)])
-            for name, values in found.items()}
+        found["ece"] = calibration_error(_pooled(tally.calibration, weights))
+    counts = _pooled(tally.confusion, weights)
+    by_class = {name: score(counts) for name, score in BY_CLASS.items()}
+    by_class |= {f"tile_{name}": _mean_over_tiles(by_tile[name], weights) for name in (*BY_CLASS, *SURFACE_SCORES)}
+    return found | {name: np.column_stack([values, _mean_over_classes(values)]) for name, values in by_class.items()}
+
+
+def _pooled(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:                  # (N, ...) to (R, ...)
+    return (weights @ counts.reshape(len(counts), -1)).reshape(-1, *counts.shape[1:])
+
+
+def _mean_over_tiles(values: np.ndarray, weights: np.ndarray) -> np.ndarray:         # (N, ...) to (R, ...)
+    present = ~np.isnan(values)
+    return _ratio(weights @ np.where(present, values, 0), weights @ present)
+
+
+def _mean_over_classes(values: np.ndarray) -> np.ndarray:                            # (R, K) to (R,)
+    """Average over the classes that have a score in row 0, all tiles; NaN for a sample that lacks one of them."""
+    present = ~np.isnan(values[0])
+    return values[:, present].mean(1) if present.any() else np.full(len(values), np.nan)

@@ -1,7 +1,7 @@
-"""The numbers of an evaluation: scores.json, and the columns of tiles.csv."""
+"""Compute the numbers of an evaluation: the contents of scores.json, and the columns of tiles.csv."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from common import bootstrap
 from common.pictures import read_mask
+from dataset import Tile
 from evaluation import metrics
 from evaluation.candidates import Candidate
 from evaluation.metrics import Tally
@@ -17,12 +18,12 @@ from evaluation.test_set import TestSet
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the entries answered: everything that is written follows from it."""
+    """Candidates and their predictions on a test set: everything that is written follows from it."""
 
     test_set: TestSet
     candidates: list[Candidate]
-    tallies: list[Tally]
-    labels: list[dict[str, Path]]  # of each entry, the label image of each tile's key
+    tallies: list[Tally]  # of each candidate
+    label_images: list[dict[str, Path]]  # of each candidate, by the keys of the tiles
     tolerance: float  # pixels, of the surface Dice
 
     @property
@@ -31,90 +32,118 @@ class Evaluation:
 
     @property
     def groups(self) -> int:
-        """How many slides or patients the tiles come from, a tile without one being its own; 0 where none is known."""
+        """The number of slides or patients; 0 if no tile has one."""
         tiles = self.test_set.tiles
-        return len({tile.group or tile for tile in tiles}) if any(tile.group for tile in tiles) else 0
+        return count_groups(tiles) if any(tile.group for tile in tiles) else 0
 
     def ranked(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers (N,) of the tiles from the lowest mean accuracy to the highest, and how far the entries differ."""
+        """Return the tiles (N,) by mean accuracy, lowest first, and the range of the accuracies of each tile (N,)."""
         accuracy = np.stack([metrics.pixel_accuracy(tally.confusion) for tally in self.tallies])
         return np.argsort(accuracy.mean(0), kind="stable"), np.ptp(accuracy, axis=0)
 
-    def predicted(self, candidate: int, tile: int) -> np.ndarray:
-        """Class indices (H, W) uint8."""
-        return read_mask(self.labels[candidate][self.test_set.tiles[tile].key], self.test_set.config.data.mask_values)
-
     def tile(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, 3) and class indices (H, W), uint8."""
+        """Return image (H, W, 3) and class indices (H, W), uint8."""
         pixels = self.test_set.store[self.test_set.rows[i]]
         return pixels[..., :3], pixels[..., 3]
 
+    def predicted(self, candidate: int, tile: int) -> np.ndarray:
+        """Return class indices (H, W) uint8."""
+        path = self.label_images[candidate][self.test_set.tiles[tile].key]
+        return read_mask(path, self.test_set.config.data.mask_values)
+
+
+def count_groups(tiles: Iterable[Tile]) -> int:
+    """Count slides or patients; a tile without one counts as one."""
+    return len({tile.group or tile for tile in tiles})
+
 
 def results(evaluation: Evaluation) -> dict:
-    """The contents of scores.json; a score that does not exist is null."""
-    asked, classes = evaluation.test_set, evaluation.classes
-    weights = bootstrap.resampled_weights([tile.group for tile in asked.tiles])
-    units = evaluation.groups or len(asked.tiles)
+    """Return the contents of scores.json; a score that does not exist is None."""
+    test_set = evaluation.test_set
+    weights = bootstrap.resampled_weights([tile.group for tile in test_set.tiles])
     scores = [metrics.scores(tally, weights) for tally in evaluation.tallies]
-    present = [(tally.confusion.sum(1) > 0) | (tally.confusion.sum(2) > 0) for tally in evaluation.tallies]  # (N, K)
-
-    def groups_with(having: np.ndarray) -> list[int]:
-        """How many groups have each class, by the tiles (N, K) that have it."""
-        return [len({tile.group or tile for tile, has in zip(asked.tiles, column, strict=True) if has})
-                for column in having.T]
-
-    def named(values: np.ndarray, groups: Sequence[int]) -> dict:
-        """Value and interval of samples (R,), or of each class, which so many groups have, and of their mean."""
-        def number(samples: np.ndarray, units: int) -> dict:
-            low, high = bootstrap.interval(samples, units) or (math.nan, math.nan)
-            return {"value": _number(samples[0]), "low": _number(low), "high": _number(high)}
-
-        if values.ndim == 1:
-            return number(values, units)
-        return {name: number(values[:, k], of) for k, (name, of) in
-                enumerate(zip([*classes, "mean"], [*groups, units], strict=True))}
-
     constant, dice = metrics.best_constant(evaluation.tallies[0].confusion.sum(0))
-    rows = []
-    for candidate, tally, found, having in zip(evaluation.candidates, evaluation.tallies, scores, present, strict=True):
-        truth, predicted = tally.confusion.sum(2) > 0, tally.confusion.sum(1) > 0    # (N, K) both
-        shared = [name for name in found if name in scores[0]]
-        groups, of_either = groups_with(having), groups_with(having | present[0])
-        rows.append({
-            "name": candidate.name, "source": str(candidate.source), **candidate.facts(),
-            "scores": {name: named(values, groups) for name, values in found.items()},
-            "difference_to_first": {} if candidate is evaluation.candidates[0] else
-            {name: named(found[name] - scores[0][name], of_either) for name in shared},
-            **{what: dict(zip(classes, which.sum(0).tolist(), strict=True)) for what, which in
-               (("tiles_behind_means", having), ("tiles_where_missed", truth & ~predicted),
-                ("tiles_where_invented", predicted & ~truth))},
-            "confusion": tally.confusion.sum(0).tolist(),
-            "reliability": None if tally.calibration is None else
-            dict(zip(("pixels", "confidence", "right"), tally.calibration.sum(0).tolist(), strict=True)),
-        })
+    unit = "groups" if evaluation.groups else "tiles"
+    intervals = (f"95 %, bootstrap of {bootstrap.RESAMPLES} samples of {unit}" if len(weights) > 1
+                 else f"none, they need at least {bootstrap.FEWEST_GROUPS} {unit}")
     return {
-        "data_root": asked.config.data.root, "tiles_identity": asked.identity, "split": asked.split,
-        "tiles": len(asked.tiles), "groups": evaluation.groups, "classes": list(classes), "doubts": asked.caveats,
-        "surface_dice_tolerance_px": evaluation.tolerance,
-        "intervals": f"95 %, bootstrap of {bootstrap.RESAMPLES} samples of {'groups' if evaluation.groups else 'tiles'}"
-        if len(weights) > 1 else f"none, since they need {bootstrap.FEWEST_GROUPS} "
-        f"{'groups' if evaluation.groups else 'tiles'}",
-        "best_constant": {"class": classes[constant], "dice_mean": _number(dice)},
-        "entries": rows,
+        "data_root": test_set.config.data.root, "tiles_identity": test_set.identity, "split": test_set.split,
+        "tiles": len(test_set.tiles), "groups": evaluation.groups, "classes": list(evaluation.classes),
+        "doubts": test_set.caveats, "surface_dice_tolerance_px": evaluation.tolerance, "intervals": intervals,
+        "best_constant": {"class": evaluation.classes[constant], "dice_mean": json_number(dice)},
+        "entries": [_candidate_results(evaluation, scores, i) for i in range(len(evaluation.candidates))],
     }
 
 
-def _number(value: float) -> float | None:
+def _candidate_results(evaluation: Evaluation, scores: list[dict[str, np.ndarray]], i: int) -> dict:
+    """Return what scores.json says about candidate i; `scores` are the samples (R, ...) of every candidate."""
+    candidate, tally = evaluation.candidates[i], evaluation.tallies[i]
+    truth, predicted = tally.confusion.sum(2) > 0, tally.confusion.sum(1) > 0        # (N, K) tiles that have a class
+    present = truth | predicted
+    present_in_either = present | (evaluation.tallies[0].confusion.sum(1) > 0)
+    differences = {name: samples - scores[0][name] for name, samples in scores[i].items() if name in scores[0]}
+
+    def by_class(tiles: np.ndarray) -> dict[str, int]:
+        return dict(zip(evaluation.classes, tiles.sum(0).tolist(), strict=True))
+
+    reliability = None
+    if tally.calibration is not None:
+        reliability = dict(zip(("pixels", "confidence", "right"), tally.calibration.sum(0).tolist(), strict=True))
+    return {
+        "name": candidate.name, "source": str(candidate.source), **candidate.model_facts(),
+        "scores": _with_intervals(scores[i], evaluation, present),
+        "difference_to_first": _with_intervals(differences, evaluation, present_in_either) if i > 0 else {},
+        "tiles_behind_means": by_class(present),
+        "tiles_where_missed": by_class(truth & ~predicted),
+        "tiles_where_invented": by_class(predicted & ~truth),
+        "confusion": tally.confusion.sum(0).tolist(), "reliability": reliability,
+    }
+
+
+def _with_intervals(scores: dict[str, np.ndarray], evaluation: Evaluation, present: np.ndarray) -> dict:
+    """Return value and interval of each score (R,), and of the classes and their mean for a score (R, K + 1).
+
+    `present` (N, K) says which tiles have a class: only their groups are behind the interval of the class.
+    """
+    tiles = evaluation.test_set.tiles
+    groups = {name: count_groups(tile for tile, has in zip(tiles, column, strict=True) if has)
+              for name, column in zip(evaluation.classes, present.T, strict=True)} | {"mean": count_groups(tiles)}
+    found = {}
+    for name, samples in scores.items():
+        if samples.ndim == 1:
+            found[name] = _with_interval(samples, groups["mean"])
+        else:
+            found[name] = {column: _with_interval(samples[:, k], groups[column]) for k, column in enumerate(groups)}
+    return found
+
+
+def _with_interval(samples: np.ndarray, groups: int) -> dict:
+    low, high = bootstrap.interval(samples, groups) or (math.nan, math.nan)
+    return {"value": json_number(samples[0]), "low": json_number(low), "high": json_number(high)}
+
+
+def evenly_spaced(values: Sequence, count: int) -> list:
+    """Return `count` of the values, the first, the last and others at equal distances, or all if there are fewer."""
+    places = np.linspace(0, len(values) - 1, min(len(values), count)).round().astype(int)
+    return [values[place] for place in np.unique(places)]
+
+
+def json_number(value: float) -> float | None:
+    """Return the number with six decimals; None for NaN, which JSON does not have."""
     return None if math.isnan(value) else round(float(value), 6)
 
 
-def tile_columns(evaluation: Evaluation, candidate: int) -> dict[str, np.ndarray]:
-    """Every score of every tile, (N,) each, by the columns of tiles.csv."""
-    columns = {}
-    for name, values in metrics.tile_scores(evaluation.tallies[candidate]).items():
-        if values.ndim == 2:
-            columns[f"{name}_mean"] = metrics.mean_present(values)
-            columns |= {f"{name}_{label}": values[:, k] for k, label in enumerate(evaluation.classes)}
-        else:
-            columns[name] = values
-    return columns
+def tile_columns(evaluation: Evaluation) -> list[dict[str, np.ndarray]]:
+    """Return the columns (N,) of tiles.csv for each candidate; NaN for a score that does not exist."""
+    found = []
+    for tally in evaluation.tallies:
+        columns = {}
+        for name, values in metrics.tile_scores(tally).items():
+            if values.ndim == 2:
+                columns[f"{name}_mean"] = metrics.mean_present(values)
+                columns |= {f"{name}_{label}": values[:, k] for k, label in enumerate(evaluation.classes)}
+            else:
+                columns[name] = values
+        found.append(columns)
+    absent = np.full(len(evaluation.test_set.tiles), np.nan)
+    return [{name: columns.get(name, absent) for name in max(found, key=len)} for columns in found]

@@ -1,4 +1,4 @@
-"""The tiles on which candidates are scored."""
+"""Open the tiles on which candidates are scored, and check that the candidates can be compared on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from evaluation.candidates import Candidate
 
 @dataclass(frozen=True)
 class TestSet:
-    """The tiles that every entry is asked about."""
+    """The tiles that every candidate predicts."""
 
-    config: Config  # whose `data` say where they lie and what their greys mean
+    config: Config  # its `data` describes the tiles and their mask values
     split: str
     tiles: list[Tile]
     rows: list[int]  # of the tiles in the store
     store: np.ndarray  # (n, H, W, 4) uint8: red, green, blue and class
     identity: str  # of the list of tiles (dataset.identity)
-    caveats: list[str]  # why scores on these tiles may say too much
+    caveats: list[str]  # reasons why the scores may be too high
 
 
 def tiles_of_split(config: Config, split: str) -> tuple[list[Tile], list[int]]:
-    """The kept tiles of the data root, and the places of those of `split`: test, train or all."""
+    """Return all kept tiles of the data root, and the indices of those of `split`: test, train or all."""
     path = Path(config.data.root) / TILE_LIST
     tiles = [tile for tile in read_tiles(path.parent) if tile.split in SPLITS]
     rows = [i for i, tile in enumerate(tiles) if split in (tile.split, "all")]
@@ -37,27 +37,28 @@ def tiles_of_split(config: Config, split: str) -> tuple[list[Tile], list[int]]:
 
 
 def open_test_set(candidates: Sequence[Candidate], split: str) -> TestSet:
-    """Check that the entries can be compared, and open the tiles."""
+    """Open the tiles; raise a `UserError` if candidates have other classes, mask values or tiles than the first one."""
     first = candidates[0]
     tiles, rows = tiles_of_split(first.config, split)
-    asked = identity(tiles)
     for other in candidates[1:]:
-        for name in ("classes", "mask_values"):
-            ours, theirs = (list(getattr(candidate.config.data, name)) for candidate in (first, other))
-            if ours != theirs:
-                raise UserError(f"{other.name} has data.{name} {theirs}, {first.name} has {ours}; only entries of the "
-                                "same classes can be compared: evaluate them one at a time")
-        if Path(other.config.data.root).resolve() != Path(first.config.data.root).resolve():
-            raise UserError(f"{other.name} would be tested on the tiles of {other.config.data.root}, and {first.name} "
-                            f"on those of {first.config.data.root}; only scores of the same tiles can be compared: "
-                            "evaluate them one at a time, or give one data.root=FOLDER for all")
-    caveats = [f"{first.config.data.root}/{TILE_LIST} does not keep and split the tiles as it did when "
-               f"{candidate.name} was trained: some of its test tiles may have been training tiles."
-               for candidate in candidates if candidate.trained_on not in (None, asked)]
-    if split != "test" and any(candidate.trained_on == asked for candidate in candidates):
-        caveats.append(f"Split {split}: models were trained on tiles of it. Only test tiles show what they do on new "
-                      "ones.")
+        _check_comparable(first, other)
+    list_identity = identity(tiles)
+    caveats = [f"{first.config.data.root}/{TILE_LIST} has changed since {candidate.name} was trained; some test tiles "
+               "may have been training tiles."
+               for candidate in candidates if candidate.trained_on not in (None, list_identity)]
+    if split != "test" and any(candidate.trained_on == list_identity for candidate in candidates):
+        caveats.append(f"Split {split} contains training tiles. Only test tiles show how a model performs on new "
+                       "tiles.")
     for caveat in caveats:
         warn(caveat)
     store = open_store(Path(first.config.data.root), tiles, first.config.data.mask_values)
-    return TestSet(first.config, split, [tiles[i] for i in rows], rows, store.pixels, asked, caveats)
+    return TestSet(first.config, split, [tiles[i] for i in rows], rows, store.pixels, list_identity, caveats)
+
+
+def _check_comparable(first: Candidate, other: Candidate) -> None:
+    for name in ("classes", "mask_values", "root"):
+        expected, found = (getattr(candidate.config.data, name) for candidate in (first, other))
+        if found != expected and (name != "root" or Path(found).resolve() != Path(expected).resolve()):
+            advice = ", or give data.root=FOLDER" if name == "root" else ""
+            raise UserError(f"{other.name} has data.{name}={found}, {first.name} has {expected}; only candidates with "
+                            f"the same classes and tiles can be compared: evaluate them one at a time{advice}")

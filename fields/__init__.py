@@ -1,1 +1,1 @@
-"""What receptive_field.py uses: gradients of logits with respect to the input, and what follows from them."""
+"""Receptive fields: what receptive_field.py needs to print the exact field and to measure that of a model."""

@@ -1,4 +1,11 @@
-"""How accuracy changes near the border of a tile and of a crop."""
+"""Measure how accuracy changes near the border of a tile, and near the border of a crop that is predicted alone.
+
+    interior    the output pixels whose field lies inside their tile; the other pixels see mirrored tissue or padding
+    band        the pixels whose distance to the border lies between two of `DISTANCES`; there are D bands
+
+Tissue at the border of a tile is other tissue than in the middle. To compare equal pixels, a crop is predicted alone,
+without its surroundings, and also as a part of its tile.
+"""
 
 from dataclasses import dataclass
 
@@ -13,59 +20,72 @@ from evaluation.candidates import Candidate
 from evaluation.test_set import TestSet
 
 BORDER_TILES = 100  # at most
-DISTANCES = (0, 4, 8, 16, 32, 64, 128, 256)  # pixels from a tile's border
+DISTANCES = (0, 4, 8, 16, 32, 64, 128, 256)  # pixels from the border, where the bands begin
 
 
 @dataclass(frozen=True)
 class Border:
-    """Pixels that are right, near the border of their tiles and far from it."""
+    """Counts of pixels in N tiles, and in the crops at their centres (None if the tiles are too small for crops)."""
 
     tiles: list[int]  # numbers of the N tiles
-    confusion: np.ndarray  # (N, 2, K, K) where the field leaves the tile, and where it does not
-    by_distance: np.ndarray  # (N, distances, 2) right and all pixels, by distance to the tile's border
-    crop: int | None  # pixels, the side of the tile's centre that is predicted alone; None: the tile is too small
-    moved: np.ndarray | None  # (N, distances, 3) from the crop's border: all pixels, right alone, right in the tile
+    crop: int | None  # pixels, the side of the crops
+    pixels: np.ndarray  # (D,) of one tile
+    crop_pixels: np.ndarray  # (D,) of one crop, by distance to the crop's border
+    outer: np.ndarray  # (N, K, K) confusion counts where the field leaves the tile
+    interior: np.ndarray  # (N, K, K) confusion counts of the other pixels
+    right: np.ndarray  # (N, D) pixels that are right
+    right_alone: np.ndarray | None = None  # (N, D) pixels of the crop that are right if it is predicted alone
+    right_in_tile: np.ndarray | None = None  # (N, D) pixels of the crop that are right if the tile is predicted
 
 
 def measure_border(candidate: Candidate, test_set: TestSet) -> Border:
-    """Predict tiles whole, and besides the crops at their centres alone, whose surroundings are then missing."""
+    """Predict up to `BORDER_TILES` tiles, and the crops at their centres alone, and count the right pixels."""
     config, (height, width) = candidate.config, test_set.store.shape[1:3]
-    levels, classes, crop = len(config.model.widths), len(config.data.classes), config.data.crop
+    levels, classes, size = len(config.model.widths), len(config.data.classes), config.data.crop
     order = generator(config.seed, 0, 0, "border").permutation(len(test_set.rows))
-    chosen = sorted(order[:BORDER_TILES].tolist())
-    inside = np.outer(*(unpadded(levels, length, canvas=False) for length in (height, width)))
-    bins, crop_bins = _bands(height, width), _bands(crop, crop)
-    top, left = (_centred(levels, length, crop) for length in (height, width))
-    has_crop = min(top, left) > 0
-    inner = np.s_[top:top + crop, left:left + crop]
-    counts, right_by_distance, moved = [], [], []
-    with Progress(f"borders of {candidate.name}", len(chosen), "tile") as progress:
-        for tile in chosen:
+    tiles = sorted(order[:BORDER_TILES].tolist())
+    interior = np.outer(*(unpadded(levels, length, canvas=False) for length in (height, width)))
+    bands, crop_bands = _bands(height, width), _bands(size, size)
+    top, left = (_crop_start(levels, length, size) for length in (height, width))
+    has_crop, crop = min(top, left) > 0, np.s_[top:top + size, left:left + size]
+    rows = []
+    with Progress(f"borders of {candidate.name}", len(tiles), "tile") as progress:
+        for tile in tiles:
             pixels = test_set.store[test_set.rows[tile]]
             image, target = torch.from_numpy(np.ascontiguousarray(pixels[..., :3])).to(candidate.device), pixels[..., 3]
             labels = candidate.predictor.labels(image)
-            counts.append([metrics.confusion(*(torch.from_numpy(array[where].astype(np.int64)).reshape(1, -1, 1)
-                                               for array in (labels, target)), classes)[0].numpy()
-                           for where in (~inside, inside)])
             right = labels == target
-            right_by_distance.append([np.bincount(bins[which], minlength=len(DISTANCES))
-                                      for which in (right, np.ones_like(right))])
+            counts = {"outer": _confusion(labels[~interior], target[~interior], classes),
+                      "interior": _confusion(labels[interior], target[interior], classes),
+                      "right": _count(bands[right])}
             if has_crop:
-                alone = candidate.predictor.labels(image[inner]) == target[inner]
-                moved.append([np.bincount(crop_bins[which], minlength=len(DISTANCES))
-                              for which in (np.ones_like(alone), alone, right[inner])])
+                right_alone = candidate.predictor.labels(image[crop]) == target[crop]
+                counts |= {"right_alone": _count(crop_bands[right_alone]),
+                           "right_in_tile": _count(crop_bands[right[crop]])}
+            rows.append(counts)
             progress.advance()
-    return Border(chosen, np.array(counts), np.array(right_by_distance).swapaxes(1, 2),
-                  crop if has_crop else None, np.array(moved).swapaxes(1, 2) if has_crop else None)
+    return Border(tiles, size if has_crop else None, _count(bands), _count(crop_bands),
+                  **{name: np.array([counts[name] for counts in rows]) for name in rows[0]})
 
 
 def _bands(height: int, width: int) -> np.ndarray:
-    """(height, width) which of `DISTANCES` a pixel is at least away from the border."""
+    """(height, width) the band of every pixel."""
     rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))
     return np.digitize(np.minimum.outer(rows, columns), DISTANCES) - 1
 
 
-def _centred(levels: int, length: int, crop: int) -> int:
-    """Where a crop at the centre begins so that its pixels keep their alignment; 0 or less where it does not fit."""
+def _count(bands: np.ndarray) -> np.ndarray:
+    """(D,) pixels in each band."""
+    return np.bincount(bands.ravel(), minlength=len(DISTANCES))
+
+
+def _confusion(labels: np.ndarray, target: np.ndarray, classes: int) -> np.ndarray:
+    """(K, K) confusion counts of pixels (n,)."""
+    prediction, truth = (torch.from_numpy(values.astype(np.int64)).reshape(1, -1, 1) for values in (labels, target))
+    return metrics.confusion(prediction, truth, classes)[0].numpy()
+
+
+def _crop_start(levels: int, length: int, crop: int) -> int:
+    """Where the central crop begins so that its pixels keep their alignment; 0 or less if nothing surrounds it."""
     before = (-length % multiple(levels)) // 2
     return (before + (length - crop) // 2) // multiple(levels) * multiple(levels) - before

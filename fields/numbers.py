@@ -1,4 +1,10 @@
-"""The numbers of receptive fields: fields.csv, paths.csv and fields.json."""
+"""Compute the numbers of receptive fields from measured gradients: fields.csv, paths.csv and fields.json.
+
+    inside    the true class of the measured pixels, or "all", where each class counts by its share in the tiles
+    logit     the class whose logit is differentiated, or "all" of them
+    sample    a weight for each pixel or tile: first one that takes all as they are, then R bootstrap samples of whole
+              slides or patients (common/bootstrap.py)
+"""
 
 import math
 import warnings
@@ -6,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from common import bootstrap, geometry
@@ -15,7 +20,7 @@ from evaluation.candidates import Candidate
 from evaluation.test_set import TestSet
 from fields import theory
 from fields.borders import DISTANCES, Border
-from fields.gradients import RINGS, TRAINED, Field, Kind
+from fields.gradients import RINGS, TRAINED, Condition, Field
 
 ENERGIES = {"r50": 0.5, "r90": 0.9, "r95": 0.95}
 FAINT = 1e-6  # of the norm of the gradient
@@ -25,51 +30,136 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run and what was measured of it."""
+    """A run and what was measured."""
 
     candidate: Candidate
     test_set: TestSet
-    fields: dict[Kind, Field]
+    fields: dict[Condition, Field]
     border: Border
-    precision: torch.dtype  # of the gradients
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
 
     @property
     def levels(self) -> int:
         return len(self.candidate.config.model.widths)
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        return self.candidate.config.data.classes
+    def class_names(self) -> dict[int | None, str]:
+        """The values of `inside` and `logit` with their names; None is all classes."""
+        return {None: ALL, **dict(enumerate(self.candidate.config.data.classes))}
 
-    def regions(self, kind: Kind) -> list[int | None]:
-        """All pixels, and each class that some have; inputs that are no tiles have no classes."""
-        return [None, *np.unique(self.fields[kind].pixels.classes).tolist()] if kind[1] == "tiles" else [None]
-
-    def name_of(self, k: int | None) -> str:
-        return ALL if k is None else self.classes[k]
+    def classes_measured(self, condition: Condition) -> list[int | None]:
+        """None for all pixels, then the classes that some pixels have; zeros and noise have no classes."""
+        classes = np.unique(self.fields[condition].pixels.classes).tolist()
+        return [None, *classes] if condition.input == "tiles" else [None]
 
 
-def resampled(run: MeasuredRun, kind: Kind, region: int | None) -> tuple[np.ndarray, int]:
-    """Weights (1 + R, S) of the pixels: as they are, then samples of whole slides or patients; and how many of these.
+def contents(runs: Sequence[MeasuredRun]) -> dict:
+    """The contents of fields.json; `plain` turns NaN into null."""
+    return {"radii": "smallest disc that holds 50, 90 and 95 % of the squared gradient, in steps of a quarter pixel",
+            "area_share": "the disc of r95 as a share of the theoretical field's area, mean over alignments",
+            "intervals": f"95 %, bootstrap of {bootstrap.RESAMPLES} samples of groups",
+            "runs": [_run_contents(run) for run in runs]}
 
-    Inputs that are no tiles come from no slide: they have the first row only.
-    """
-    pixels = run.fields[kind].pixels
-    weights = pixels.weights(region)[None]
-    if kind[1] != "tiles":
-        return weights, 0
+
+def _run_contents(run: MeasuredRun) -> dict:
+    candidate, test_set, levels, paths = run.candidate, run.test_set, run.levels, path_rows(run)
+    return {
+        "name": run.name, "source": str(candidate.source), "epoch": candidate.epoch,
+        "loss": candidate.config.loss.name, "widths": list(candidate.config.model.widths),
+        "data_root": test_set.config.data.root, "split": test_set.split,
+        "tiles_identity": test_set.identity, "doubts": test_set.caveats,
+        "precision": str(candidate.precision).removeprefix("torch."), "device": str(candidate.device),
+        "theory": {
+            "alignments": [{"r": members, "first": first, "last": last}
+                           for members, first, last in geometry.alignments(levels)],
+            "area": geometry.area(levels),
+            "paths": {name: theory.sizes(levels, path)
+                      for path, name in enumerate(theory.path_names(levels), start=1)},
+            "padded_share": {str(n): geometry.padded_share(levels, n, n) for n in theory.PADDED_SIZES}},
+        "fields": field_rows(run), "paths": paths, "dead": describe_dead_paths(run, paths),
+        "without_pixels": [f"{run.name}: no pixel of {name} lies far enough from the borders of its tile."
+                           for k, name in run.class_names.items() if k not in run.classes_measured(TRAINED)],
+        "border": border_numbers(run),
+    }
+
+
+def plain(value):
+    """The value for JSON and CSV: without NumPy, floats with six digits, None where they are not finite."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def field_rows(run: MeasuredRun) -> list[dict]:
+    """The rows of fields.csv."""
+    rows = []
+    for condition in run.fields:
+        for inside in run.classes_measured(condition):
+            samples, groups = _samples(run, condition, inside)
+            rows += [_field_row(run, condition, inside, logit, samples, groups) for logit in run.class_names]
+    return rows
+
+
+def _field_row(run: MeasuredRun, condition: Condition, inside: int | None, logit: int | None,
+               samples: np.ndarray, groups: int) -> dict:
+    field, chosen, on_tiles = run.fields[condition], samples[0] > 0, condition.input == "tiles"
+    energy = field.energy.sum(1) if logit is None else field.energy[:, logit]        # (S, rings)
+    sums = energy.sum(-1, keepdims=True)
+    parts = samples[0] * sums[:, 0]                                                  # (S,)
+    row = {"run": run.name, "weights": condition.weights, "input": condition.input,
+           "inside": run.class_names[inside], "logit": run.class_names[logit], "pixels": int(chosen.sum()),
+           "effective_pixels": parts.sum() ** 2 / (parts**2).sum() if parts.any() else math.nan,
+           "tiles": len(set(field.pixels.tiles[chosen])) if on_tiles else 0, "groups": groups}
+    even_energy = energy / np.maximum(sums, 1e-300)
+    numbers = {name: radii(samples @ energy, share) for name, share in ENERGIES.items()}
+    numbers |= {f"{name}_even": radii(samples @ even_energy, share) for name, share in ENERGIES.items()}
+    numbers["area_share"] = math.pi * numbers["r95"] ** 2 / geometry.area(run.levels)
+    for name, values in numbers.items():                                             # (1 + R,)
+        row |= _with_interval(name, values, groups)
+    strength = field.map(inside, logit)
+    _, row["sigma"], row["sigma_error"], row["misfit"] = fit_gaussian(strength)
+    row["first_row"], row["last_row"], row["first_column"], row["last_column"] = extent(strength) or ("",) * 4
+    return row
+
+
+def _samples(run: MeasuredRun, condition: Condition, inside: int | None) -> tuple[np.ndarray, int]:
+    """Samples (1 + R, S) of the pixels inside a class, and their number of slides or patients; zeros have none."""
+    pixels = run.fields[condition].pixels
+    weights = pixels.weights(inside)
+    if condition.input != "tiles":
+        return weights[None], 0
     tiles = [run.test_set.tiles[i] for i in pixels.tiles]
     groups = [tile.group or f"tile {tile.key}" for tile in tiles]
-    samples = weights * bootstrap.resampled_weights(groups)
-    return samples, len({group for group, weight in zip(groups, weights[0], strict=True) if weight})
+    used = {group for group, weight in zip(groups, weights, strict=True) if weight}
+    return weights * bootstrap.resampled_weights(groups), len(used)
+
+
+def _interval(values: np.ndarray, groups: int) -> dict:
+    """Value and 95 % interval of the values (1 + R,) of the samples."""
+    low, high = bootstrap.interval(values, groups) or (math.nan, math.nan)
+    return {"value": values[0], "low": low, "high": high}
+
+
+def _with_interval(name: str, values: np.ndarray, groups: int) -> dict:
+    """Value and 95 % interval as three columns of a table."""
+    number = _interval(values, groups)
+    return {name: number["value"], f"{name}_low": number["low"], f"{name}_high": number["high"]}
 
 
 def radii(energy: np.ndarray, share: float) -> np.ndarray:
-    """(...) the smallest radius in pixels, a multiple of 1 / RINGS, whose disc holds this share of energies by ring."""
+    """(...) the smallest radius in pixels whose disc contains this share of the energies (..., rings)."""
     inside = energy.cumsum(-1)
     total = inside[..., -1:]
-    with np.errstate(invalid="ignore"):
-        radius = (inside >= share * total * (1 - 1e-12)).argmax(-1) / RINGS
+    radius = (inside >= share * total * (1 - 1e-12)).argmax(-1) / RINGS
     return np.where(total[..., 0] > 0, radius, math.nan)
 
 
@@ -78,181 +168,105 @@ def gaussian(distance: np.ndarray, height: float, sigma: float) -> np.ndarray:
 
 
 def fit_gaussian(strength: np.ndarray) -> tuple[float, float, float, float]:
-    """Height, sigma in pixels, sigma's standard error and the misfit of a round Gaussian around the centre of a map.
+    """Fit a round Gaussian around the centre of a map by least squares: height, sigma, sigma's error and the misfit.
 
-    By least squares; the misfit is the residual's norm as a share of the map's. NaN where no fit is
-    found.
+    Sigma and its standard error are in pixels. The misfit is the norm of the residual as a share of the map's norm.
+    All are NaN if no fit is found.
     """
     steps = np.arange(len(strength)) - len(strength) // 2
-    distance = np.hypot.outer(steps, steps)
+    distance = np.hypot.outer(steps, steps).ravel()
     highest = strength.max()
     if not highest > 0:
         return (math.nan,) * 4
     scaled = (strength / highest).ravel()
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore", category=OptimizeWarning):
-            (height, sigma), covariance = curve_fit(gaussian, distance.ravel(), scaled, p0=(scaled.max(), 2.0))
+            (height, sigma), covariance = curve_fit(gaussian, distance, scaled, p0=(scaled.max(), 2.0))
     except RuntimeError:  # it does not converge
         return (math.nan,) * 4
-    residual = scaled - gaussian(distance.ravel(), height, sigma)
+    residual = scaled - gaussian(distance, height, sigma)
     return height * highest, abs(sigma), math.sqrt(covariance[1, 1]), np.linalg.norm(residual) / np.linalg.norm(scaled)
 
 
 def extent(strength: np.ndarray) -> tuple[int, int, int, int] | None:
-    """First and last row, first and last column, as seen from the centre, where a map is not zero."""
+    """First and last row, first and last column where a map is not zero, counted from its centre; None if nowhere."""
     radius = len(strength) // 2
     rows, columns = (np.flatnonzero(strength.any(axis)) - radius for axis in (1, 0))
     return (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) if len(rows) else None
 
 
-def _interval(samples: np.ndarray, groups: int) -> dict:
-    low, high = bootstrap.interval(samples, groups) or (math.nan, math.nan)
-    return {"value": samples[0], "low": low, "high": high}
-
-
-def field_rows(run: MeasuredRun) -> list[dict]:
-    """The rows of fields.csv."""
-    rows = []
-    exact = geometry.area(run.levels)
-    for kind, field in run.fields.items():
-        for region in run.regions(kind):
-            weights, groups = resampled(run, kind, region)
-            chosen = weights[0] > 0
-            for logit in [None, *range(len(run.classes))]:
-                energy = field.energy.sum(1) if logit is None else field.energy[:, logit]
-                samples = weights @ energy                                           # (1 + R, rings)
-                sizes = {name: radii(samples, share) for name, share in ENERGIES.items()}
-                even = weights @ (energy / np.maximum(energy.sum(-1, keepdims=True), 1e-300))
-                sizes |= {f"{name}_even": radii(even, share) for name, share in ENERGIES.items()}
-                sizes["area_share"] = math.pi * sizes["r95"] ** 2 / exact
-                strength = field.map(region, logit)
-                _, sigma, error, misfit = fit_gaussian(strength)
-                parts = weights[0] * energy.sum(-1)                                  # (S,)
-                row = {"run": run.candidate.name, "weights": kind[0], "input": kind[1], "inside": run.name_of(region),
-                       "logit": run.name_of(logit), "pixels": int(chosen.sum()),
-                       "effective_pixels": parts.sum() ** 2 / (parts**2).sum() if parts.any() else math.nan,
-                       "tiles": len(set(field.pixels.tiles[chosen])) if kind[1] == "tiles" else 0, "groups": groups}
-                for name, values in sizes.items():
-                    number = _interval(values, groups)
-                    row |= {name: number["value"], f"{name}_low": number["low"], f"{name}_high": number["high"]}
-                row |= {"sigma": sigma, "sigma_error": error, "misfit": misfit}
-                seen = extent(strength) or ("",) * 4
-                rows.append(row | dict(zip(("first_row", "last_row", "first_column", "last_column"), seen,
-                                           strict=True)))
-    return rows
-
-
 def path_rows(run: MeasuredRun) -> list[dict]:
     """The rows of paths.csv, over the logits of all classes."""
     field, rows = run.fields[TRAINED], []
-    for region in run.regions(TRAINED):
-        weights, groups = resampled(run, TRAINED, region)
-        whole = weights @ field.energy.sum((1, 2))                                   # (1 + R,)
-        important = weights @ field.importance.sum(1)                                # (1 + R, P)
-        left = weights @ field.without.sum(1)                                        # (1 + R, P)
+    for inside in run.classes_measured(TRAINED):
+        samples, groups = _samples(run, TRAINED, inside)
+        whole = samples @ field.energy.sum((1, 2))                                   # (1 + R,)
+        importance = samples @ field.importance.sum(1)                               # (1 + R, P)
+        without = samples @ field.without.sum(1)                                     # (1 + R, P)
+        with np.errstate(invalid="ignore"):
+            importance_share = importance / importance.sum(1, keepdims=True)
+            without_share = without / whole[:, None]
         for path, name in enumerate(theory.path_names(run.levels)):
-            by_ring = weights[:1] @ field.path_energy[:, :, path].sum(1)             # (1, rings)
+            by_ring, = samples[:1] @ field.path_energy[:, :, path].sum(1)            # (rings,)
             alone = by_ring.sum() / whole[0] if whole[0] else math.nan
-            row = {"run": run.candidate.name, "inside": run.name_of(region), "path": name,
-                   "field": theory.sizes(run.levels, path + 1)}
-            with np.errstate(invalid="ignore"):
-                for column, values in (("gradient_x_activation", important[:, path] / important.sum(1)),
-                                       ("energy_without", left[:, path] / whole)):
-                    number = _interval(values, groups)
-                    row |= {column: number["value"], f"{column}_low": number["low"], f"{column}_high": number["high"]}
-            rows.append(row | {"energy_alone": alone, "r95_alone": float(radii(by_ring, 0.95)[0]),
-                               "dead": bool(not alone > 0)})
+            rows.append({"run": run.name, "inside": run.class_names[inside], "path": name,
+                         "field": theory.sizes(run.levels, path + 1),
+                         **_with_interval("gradient_x_activation", importance_share[:, path], groups),
+                         **_with_interval("energy_without", without_share[:, path], groups),
+                         "energy_alone": alone, "r95_alone": float(radii(by_ring, 0.95)), "dead": not alone > 0})
     return rows
 
 
-def dead_lines(run: MeasuredRun, rows: Sequence[dict]) -> list[str]:
-    """A sentence for each path that no gradient passes, or hardly any."""
-    shares = [row["energy_alone"] for row in rows if row["inside"] == ALL]
-    names, lines = theory.path_names(run.levels), []
-    alive = [path for path, share in enumerate(shares, start=1) if share > 0]
+def describe_dead_paths(run: MeasuredRun, rows: Sequence[dict]) -> list[str]:
+    """A sentence for each path that passes no gradient, or hardly any; `rows` are those of paths.csv."""
+    shares = {row["path"]: row["energy_alone"] for row in rows if row["inside"] == ALL}
+    alive = [path for path, share in enumerate(shares.values(), start=1) if share > 0]
     if not alive:
-        return [f"{run.candidate.name}: no gradient reaches the input at all."]
-    for path, share in enumerate(shares, start=1):
-        if path not in alive:
-            lines.append(f"{run.candidate.name}: the {names[path - 1]} is dead, no gradient passes it.")
+        return [f"{run.name}: no gradient reaches the input."]
+    sentences = []
+    for name, share in shares.items():
+        if not share > 0:
+            sentences.append(f"{run.name}: the {name} is dead: it passes no gradient.")
         elif share < FAINT**2:
-            lines.append(f"{run.candidate.name}: the {names[path - 1]} is as good as dead, only "
-                         f"{math.sqrt(share):.0e} of the gradient passes it.")
-    if max(alive) < run.levels:
-        lines[-1] += (f" What is left is the field of the {names[max(alive) - 1]}, "
-                      f"{theory.sizes(run.levels, max(alive))} px in the place of "
-                      f"{theory.sizes(run.levels)}.")
-    return lines
+            sentences.append(f"{run.name}: the {name} is almost dead: it passes only {math.sqrt(share):.0e} of the "
+                             "gradient.")
+    deepest = max(alive)
+    if deepest < run.levels:
+        sentences[-1] += (f" The field is that of the {theory.path_names(run.levels)[deepest - 1]}: "
+                          f"{theory.sizes(run.levels, deepest)} px instead of {theory.sizes(run.levels)}.")
+    return sentences
 
 
 def border_numbers(run: MeasuredRun) -> dict:
-    """Scores of pixels whose field leaves the tile and of the others, and of a crop's border alone and within its tile;
-    None where there are no such pixels."""
-    border, levels = run.border, run.levels
+    """Accuracy and Dice near the tile's border and elsewhere, and near a crop's border, for fields.json."""
+    border = run.border
     groups = [run.test_set.tiles[i].group for i in border.tiles]
-    weights = bootstrap.resampled_weights(groups)
-    units = len({group or i for i, group in enumerate(groups)})
+    samples = bootstrap.resampled_weights(groups)                                    # (1 + R, N)
+    count = len({group or i for i, group in enumerate(groups)})
     height, width = run.test_set.store.shape[1:3]
-    numbers = {"tiles": len(border.tiles), "groups": units,
-               "share": geometry.padded_share(levels, height, width, canvas=False)}
-    counts = np.einsum("rn,nsij->rsij", weights, border.confusion)                   # (1 + R, 2, K, K)
-    for name, score in (("accuracy", metrics.pixel_accuracy(counts)),
-                        ("dice", metrics.mean_present(metrics.dice(counts)))):
-        numbers[name] = {"border": _interval(score[:, 0], units), "interior": _interval(score[:, 1], units),
-                         "difference": _interval(score[:, 0] - score[:, 1], units)}
-    right, pixels = np.moveaxis(np.einsum("rn,ndc->rdc", weights, border.by_distance), -1, 0)
-    with np.errstate(invalid="ignore"):
-        accuracy = right / pixels
-    numbers["by_distance"] = [{"from_px": DISTANCES[i], **_interval(accuracy[:, i], units)}
-                              for i in range(len(DISTANCES)) if pixels[0, i]]
-    if border.moved is not None:
-        total, alone, within = np.moveaxis(np.einsum("rn,ndc->rdc", weights, border.moved), -1, 0)
+    numbers = {"tiles": len(border.tiles), "groups": count,
+               "share": geometry.padded_share(run.levels, height, width, canvas=False)}
+    outer, interior = (np.tensordot(samples, counts, 1) for counts in (border.outer, border.interior))
+    for name, score in {"accuracy": metrics.pixel_accuracy,
+                        "dice": lambda counts: metrics.mean_present(metrics.dice(counts))}.items():
+        near, elsewhere = score(outer), score(interior)                              # (1 + R,)
+        numbers[name] = {"border": _interval(near, count), "interior": _interval(elsewhere, count),
+                         "difference": _interval(near - elsewhere, count)}
+    numbers["by_distance"] = _by_distance(samples @ border.right, samples, border.pixels, count)
+    if border.crop:
+        alone, within = samples @ border.right_alone, samples @ border.right_in_tile  # (1 + R, D)
         near = np.array(DISTANCES) < NEAR
-        pixels, right_alone, right_within = (some[:, near].sum(1) for some in (total, alone, within))
-        numbers["crop"] = {"size": border.crop, "nearer_than_px": NEAR,
-                           "alone": _interval(right_alone / pixels, units),
-                           "within": _interval(right_within / pixels, units),
-                           "difference": _interval((right_alone - right_within) / pixels, units),
-                           "difference_by_distance": [
-                               {"from_px": DISTANCES[i], **_interval((alone - within)[:, i] / total[:, i], units)}
-                               for i in range(len(DISTANCES)) if total[0, i]]}
+        pixels = samples.sum(1) * border.crop_pixels[near].sum()                     # (1 + R,)
+        right_alone, right_within = alone[:, near].sum(1), within[:, near].sum(1)
+        numbers["crop"] = {
+            "size": border.crop, "nearer_than_px": NEAR, "alone": _interval(right_alone / pixels, count),
+            "within": _interval(right_within / pixels, count),
+            "difference": _interval((right_alone - right_within) / pixels, count),
+            "difference_by_distance": _by_distance(alone - within, samples, border.crop_pixels, count)}
     return numbers
 
 
-def contents(runs: Sequence[MeasuredRun]) -> dict:
-    """What fields.json holds; a number that does not exist is null."""
-    found = []
-    for run in runs:
-        levels, paths = run.levels, path_rows(run)
-        found.append({
-            "name": run.candidate.name, "source": str(run.candidate.source), "epoch": run.candidate.epoch,
-            "loss": run.candidate.config.loss.name, "widths": list(run.candidate.config.model.widths),
-            "data_root": run.test_set.config.data.root, "split": run.test_set.split,
-            "tiles_identity": run.test_set.identity, "doubts": run.test_set.caveats,
-            "precision": str(run.precision).removeprefix("torch."), "device": str(run.candidate.device),
-            "theory": {"alignments": [{"r": members, "first": first, "last": last} for members, first, last in
-                                      geometry.alignments(levels)],
-                       "area": geometry.area(levels),
-                       "paths": {name: theory.sizes(levels, path) for path, name in
-                                 enumerate(theory.path_names(levels), start=1)},
-                       "padded_share": {str(n): geometry.padded_share(levels, n, n)
-                                        for n in theory.PADDED_SIZES}},
-            "fields": field_rows(run), "paths": paths, "dead": dead_lines(run, paths),
-            "without_pixels": [f"{run.candidate.name}: no pixel of {name} lies far enough from the borders of its tile."
-                               for k, name in enumerate(run.classes) if k not in run.regions(TRAINED)],
-            "border": border_numbers(run),
-        })
-    return {"radii": "smallest disc that holds 50, 90 and 95 % of the squared gradient, in steps of a quarter pixel",
-            "area_share": "the disc of r95 as a share of the theoretical field's area, mean over alignments",
-            "intervals": f"95 %, bootstrap of {bootstrap.RESAMPLES} samples of groups", "runs": found}
-
-
-def plain(value):
-    """For JSON: no NaN, no numpy."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return (None if not math.isfinite(value) else float(f"{value:.6g}")) if isinstance(value, float) else value
+def _by_distance(right: np.ndarray, samples: np.ndarray, pixels: np.ndarray, groups: int) -> list[dict]:
+    """Shares of right pixels (1 + R, D) in the bands that a tile or crop has; `pixels` (D,) are those of one."""
+    return [{"from_px": DISTANCES[i], **_interval(right[:, i] / (samples.sum(1) * pixels[i]), groups)}
+            for i in np.flatnonzero(pixels)]

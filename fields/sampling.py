@@ -1,5 +1,12 @@
-"""Which output pixels are measured, and what the network is fed."""
+"""Choose the output pixels that are measured, and build the inputs that the network gets for them.
 
+    cut     the smallest part of a tile that contains the whole field of a pixel, so that no padding is seen
+    place   row and column of a pixel in its cut
+
+Letters as in unet.py; besides, S is the number of measured pixels.
+"""
+
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,90 +22,95 @@ from evaluation.test_set import TestSet
 from training.batches import normalise
 
 PIXELS_AT_ONCE = 2**18  # of the input: six cuts of the report's network
-FREE_PIXELS = 32  # of inputs that are no tiles
-Inputs = Callable[[int, int], Tensor]  # the pixels [start, stop) to the network's input (B, C, cut, cut)
+FREE_PIXELS = 32  # measured pixels of zeros and of noise
+Inputs = Callable[[int, int], Tensor]  # from start and stop to the cuts (B, C, cut, cut) of the pixels [start, stop)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Output pixels, and where their cuts lie."""
+    """The output pixels that are measured."""
 
     tiles: np.ndarray  # (S,) numbers of their tiles
     corners: np.ndarray  # (S, 2) top and left of the cut in its tile
-    places: np.ndarray  # (S, 2) row and column of the pixel in its cut
-    classes: np.ndarray  # (S,) the truth there
-    shares: np.ndarray  # (K,) how often each class occurs in the tiles
+    places: np.ndarray  # (S, 2)
+    classes: np.ndarray  # (S,) the true class
+    shares: np.ndarray  # (K,) of each class in the pixels of all tiles
 
     def __len__(self) -> int:
         return len(self.classes)
 
-    def weights(self, region: int | None) -> np.ndarray:
-        """(S,) of a mean over the pixels of a class; over all, each class as often as it occurs."""
+    def weights(self, inside: int | None) -> np.ndarray:
+        """Weights (S,) for a mean over the pixels inside a class; None: over all, each class by its share."""
         counts = np.bincount(self.classes, minlength=len(self.shares))
-        shares = self.shares if region is None else np.eye(len(self.shares))[region]
+        shares = self.shares if inside is None else np.eye(len(self.shares))[inside]
         weights = (shares / np.maximum(counts, 1))[self.classes]
         return weights / weights.sum()
 
 
+def draw_pixels(candidate: Candidate, test_set: TestSet, count: int) -> Pixels:
+    """Draw `count` pixels of each true class, from as many tiles as possible.
+
+    A class has fewer pixels, or none, if it occurs nowhere far enough from the borders. Raises `UserError` if the
+    tiles are smaller than the cut.
+    """
+    levels, seed = len(candidate.config.model.widths), candidate.config.seed
+    cut, (height, width) = smallest_cut(levels), test_set.store.shape[1:3]
+    if min(height, width) < cut.size:
+        raise UserError(f"{candidate.name}: the tiles in {test_set.config.data.root} have {height} x {width} pixels, "
+                        f"but the field of {levels} levels needs at least {cut.size} x {cut.size}; set "
+                        "data.root=FOLDER to larger tiles, or train a model with fewer model.widths")
+    frequencies = np.zeros(len(candidate.config.data.classes), np.int64)
+    with Progress("count classes", len(test_set.rows), "tile") as progress:
+        for row in test_set.rows:
+            frequencies += np.bincount(test_set.store[row, ..., 3].ravel(), minlength=len(frequencies))
+            progress.advance()
+    drawn = []
+    for label in np.flatnonzero(frequencies):
+        drawn += _pixels_of_class(test_set, label, count, levels, generator(seed, 0, label, "receptive field"))
+    order = generator(seed, 0, len(frequencies), "receptive field").permutation(len(drawn))
+    tiles, corners, places, labels = (np.array(values)[order] for values in zip(*drawn, strict=True))
+    return Pixels(tiles, corners, places, labels, frequencies / frequencies.sum())
+
+
+def _pixels_of_class(test_set: TestSet, label: int, count: int, levels: int,
+                     random: np.random.Generator) -> Iterator[tuple[int, tuple[int, int], np.ndarray, int]]:
+    """Tile, corner, place and class of up to `count` pixels of a class; the tiles that have such pixels take turns."""
+    cut, store = smallest_cut(levels), test_set.store
+    rows, columns = (length - cut.size + 1 for length in store.shape[1:3])  # possible corners
+    tiles = deque(random.permutation(len(test_set.rows)))
+    for place in cut.origin + _alignments(random, count, levels):
+        top, left = place
+        for _ in range(len(tiles)):
+            tile = tiles[0]
+            tiles.rotate(-1)
+            labels = store[test_set.rows[tile], top:top + rows, left:left + columns, 3]
+            matches = np.flatnonzero(labels == label)
+            if len(matches):
+                yield tile, np.unravel_index(random.choice(matches), labels.shape), place, label
+                break
+
+
 def _alignments(random: np.random.Generator, count: int, levels: int) -> np.ndarray:
-    """(count, 2) alignments of rows and columns: all of each in every `multiple` pixels, all pairs in its square."""
+    """Alignments (count, 2) of rows and columns: all m in every m of them, all pairs in m^2; m = 2^(levels - 1)."""
     block, i = multiple(levels), np.arange(count)
     rows, columns = random.permutation(block), random.permutation(block)
     return np.stack([rows[i % block], columns[(i + i // block) % block]], 1)
 
 
-def draw_pixels(candidate: Candidate, test_set: TestSet, count: int) -> Pixels:
-    """`count` pixels of each class (by the truth), from as many tiles as there are, and none of a class that lies
-    nowhere far enough from the borders.
-
-    Raises `UserError` where the tiles are smaller than the cut.
-    """
-    config = candidate.config
-    levels, classes, seed = len(config.model.widths), len(config.data.classes), config.seed
-    store, rows = test_set.store, test_set.rows
-    cut, found = smallest_cut(levels), []
-    height, width = store.shape[1:3]
-    if min(height, width) < cut.size:
-        raise UserError(f"{candidate.name}: the tiles of {test_set.config.data.root} are {height} x {width} pixels, "
-                        f"too small to hold the field of {levels} levels: give tiles of at least {cut.size} x "
-                        f"{cut.size} with data.root=FOLDER, or train a model with fewer model.widths")
-    pixels = np.zeros(classes, np.int64)
-    with Progress("count classes", len(rows), "tile") as progress:
-        for row in rows:
-            pixels += np.bincount(store[row, ..., 3].ravel(), minlength=classes)[:classes]
-            progress.advance()
-    for k in range(classes):
-        random = generator(seed, 0, k, "receptive field")
-        order, places = random.permutation(len(rows)), cut.origin + _alignments(random, count, levels)
-        turn = 0
-        for y, x in places if pixels[k] else ():
-            for tried in range(turn, turn + len(order)):  # the next tile that has the class where this alignment fits
-                tile = order[tried % len(order)]
-                target = store[rows[tile], y:y + height - cut.size + 1, x:x + width - cut.size + 1, 3]
-                there = np.flatnonzero(target == k)
-                if len(there):
-                    corner = np.unravel_index(random.choice(there), target.shape)
-                    found.append((tile, *corner, y, x, k))
-                    turn = tried + 1
-                    break
-    drawn = generator(seed, 0, classes, "receptive field").permutation(np.array(found).reshape(-1, 6))
-    return Pixels(drawn[:, 0], drawn[:, 1:3], drawn[:, 3:5], drawn[:, 5], pixels / pixels.sum())
-
-
 def free_pixels(count: int, levels: int, seed: int) -> Pixels:
-    """Pixels of inputs that are no tiles."""
+    """Pixels of inputs that are not tiles: all have class 0."""
     places = smallest_cut(levels).origin + _alignments(generator(seed, 0, 0, "receptive field"), count, levels)
-    none = np.zeros(count, np.int64)
-    return Pixels(none, np.zeros((count, 2), np.int64), places, none, np.ones(1))
+    zeros = np.zeros(count, np.int64)
+    return Pixels(zeros, np.zeros((count, 2), np.int64), places, zeros, np.ones(1))
 
 
 def tile_inputs(candidate: Candidate, test_set: TestSet, pixels: Pixels) -> Inputs:
     size = smallest_cut(len(candidate.config.model.widths)).size
 
     def inputs(start: int, stop: int) -> Tensor:
-        places = zip(pixels.tiles[start:stop], pixels.corners[start:stop], strict=True)
+        corners = zip(pixels.tiles[start:stop], pixels.corners[start:stop], strict=True)
         cuts = np.stack([test_set.store[test_set.rows[tile], top:top + size, left:left + size, :3]
-                         for tile, (top, left) in places])                           # (B, cut, cut, 3)
+                         for tile, (top, left) in corners])                          # (B, cut, cut, 3)
         return normalise(torch.from_numpy(cuts).to(candidate.device), candidate.statistics)
     return inputs
 
@@ -121,6 +133,7 @@ def noise_inputs(levels: int, device: torch.device, seed: int) -> Inputs:
 
 
 def batch_ranges(count: int, levels: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of batches of pixels whose cuts have about `PIXELS_AT_ONCE` pixels."""
     step = max(1, PIXELS_AT_ONCE // smallest_cut(levels).size ** 2)
     for start in range(0, count, step):
         yield start, min(start + step, count)

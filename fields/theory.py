@@ -1,4 +1,4 @@
-"""The exact receptive field as tables for people."""
+"""Describe the exact receptive field of a network as text; common/geometry.py computes it and explains the terms."""
 
 from common.console import table
 from common.geometry import alignments, area, multiple, padded_share, size, smallest_cut
@@ -18,26 +18,26 @@ def path_names(levels: int) -> list[str]:
 def describe(name: str, levels: int) -> str:
     """Field, paths and padding of a network as tables."""
     block = multiple(levels)
-
-    def place(offset: int) -> str:
-        return f"{block} b {'-' if offset < 0 else '+'} {abs(offset)}"
-
-    fields = [[_span(members), f"{place(first)} to {place(last)}", str(last - first + 1),
-               _span([p - first for p in members]), _span([last - p for p in members])]
-              for members, first, last in alignments(levels)]
+    fields = [[_range(members[0], members[-1]), f"{_position(block, first)} to {_position(block, last)}",
+               str(last - first + 1), _range(members[0] - first, members[-1] - first),
+               _range(last - members[-1], last - members[0])] for members, first, last in alignments(levels)]
     paths = [[path, sizes(levels, number), f"{area(levels, number):,.0f}"]
              for number, path in enumerate(path_names(levels), start=1)]
     padding = [[f"{length} x {length}", *(f"{padded_share(levels, length, length, canvas):.1%}"
                                           for canvas in (True, False))] for length in PADDED_SIZES]
     cut = smallest_cut(levels).size
+    noun = "level" if levels == 1 else "levels"
     return "\n".join([
-        f"{name}: {levels} level{'s' * (levels > 1)}. Along each axis the output pixel p = {block} b + r depends on",
-        "", table(["r", "input pixels", "how many", "before p", "behind p"], fields),
-        "", table(["path by the", "pixels along an axis", "area, mean"], paths),
+        f"{name}: {levels} {noun}. Along each axis the output pixel p = {block} b + r depends on",
+        "", table(["r", "input pixels", "count", "before p", "after p"], fields),
+        "", table(["path", "pixels along an axis", "area, mean"], paths),
         "", table(["tile", "pixels that see padding", "padding or mirrored pixels"], padding),
-        "", f"An input of {cut} x {cut} holds the whole field of its central pixels, whatever r is."])
+        "", f"An input of {cut} x {cut} contains the whole field of its central {block} x {block} pixels."])
 
 
-def _span(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
+def _range(low: int, high: int) -> str:
     return str(low) if low == high else f"{low} to {high}"
+
+
+def _position(block: int, offset: int) -> str:
+    return f"{block} b {'-' if offset < 0 else '+'} {abs(offset)}"

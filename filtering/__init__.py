@@ -1,1 +1,1 @@
-"""What data_filter.py uses: measuring a tile, manual edits of tiles.csv, the pictures to look at. Needs no torch."""
+"""The modules of data_filter.py: measure tiles, apply manual edits of tiles.csv, draw pictures. None needs torch."""

@@ -1,7 +1,6 @@
-"""Pictures of the filter: tiles with their masks, and histograms of the measurements."""
+"""Draw the pictures of the filter: tiles with the outlines of their masks, and histograms of the measurements."""
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import numpy as np
 from matplotlib.colors import to_rgb
@@ -17,34 +16,35 @@ ON_GLASS, UNMARKED = ERROR, "#f0e442"
 
 
 def annotated(image: np.ndarray, mask: np.ndarray, glass: np.ndarray, classes: int, width: int = 250) -> np.ndarray:
-    """A thumbnail of the image (H, W, 3) with the outlines of the mask's classes (H, W), uint8.
+    """Return a thumbnail of an image (H, W, 3) uint8, about `width` pixels wide, with the outlines of its mask (H, W).
 
-    Where the mask annotates what `glass` (H, W) bool calls glass the thumbnail is tinted, and in another colour where
-    it calls tissue background.
+    One tint marks annotated pixels that are `glass` (H, W) bool, another one tissue that the mask calls background.
     """
     tinted = image.astype(np.float32)
-    for where, colour in (((mask > 0) & glass, ON_GLASS), ((mask == 0) & ~glass, UNMARKED)):
-        tinted[where] = 0.5 * tinted[where] + 0.5 * 255 * np.array(to_rgb(colour))
+    for pixels, colour in (((mask > 0) & glass, ON_GLASS), ((mask == 0) & ~glass, UNMARKED)):
+        tinted[pixels] = 0.5 * tinted[pixels] + 0.5 * 255 * np.array(to_rgb(colour))
     step = max(1, round(mask.shape[1] / width))
     height, width = (length // step * step for length in mask.shape)
-    small = tinted[:height, :width].reshape(height // step, step, width // step, step, 3).mean((1, 3)).astype(np.uint8)
+    squares = tinted[:height, :width].reshape(height // step, step, width // step, step, 3)
+    thumbnail = squares.mean((1, 3)).astype(np.uint8)
     labels = mask[:height:step, :width:step]
     highest = maximum_filter(labels, 3)
     edge = highest != minimum_filter(labels, 3)
-    small[edge] = class_colours(classes)[highest[edge]]
-    return small
+    thumbnail[edge] = class_colours(classes)[highest[edge]]
+    return thumbnail
 
 
 def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: Sequence[str]) -> Figure:
-    """Figures 2 to 4 of the report: (caption, thumbnail (h, w, 3) uint8) in rows of six."""
+    """Draw (caption, thumbnail (h, w, 3) uint8) in rows of six, like figures 2 to 4 of the report."""
     columns = min(6, len(cells))
     rows = -(-len(cells) // columns)
     figure = Figure(figsize=(max(2.1 * columns, 8.4), 2.45 * rows + 1.1), dpi=120, layout="constrained")
-    for axis, cell in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, cells):
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
         axis.axis("off")
-        if cell:
-            axis.imshow(cell[1])
-            axis.set_title(cell[0], fontsize=7.5)
+    for axis, (caption, thumbnail) in zip(axes, cells, strict=False):
+        axis.imshow(thumbnail)
+        axis.set_title(caption, fontsize=7.5)
     figure.suptitle(title, fontsize=11)
     colours = class_colours(len(classes)) / 255
     handles = [Line2D([], [], color=colour, linewidth=3, label=f"outline of {name}")
@@ -55,12 +55,13 @@ def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: 
     return figure
 
 
-def histograms(panels: Sequence[tuple[str, np.ndarray, np.ndarray, float | None]]) -> Figure:
-    """One histogram for each (what is measured, values of kept tiles, values of dropped tiles, threshold or None)."""
-    figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
-    for axis, (label, kept, dropped, threshold) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        values = np.concatenate([kept, dropped])
-        highest = max([*values, *([threshold] if threshold else []), 1e-6])
+def histograms(panels: Sequence[tuple[str, list[float], list[float], float | None]]) -> Figure:
+    """Draw a histogram for each (label, values of kept tiles, values of dropped tiles, threshold or None)."""
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(11, 3.5 * rows), dpi=110, layout="constrained")
+    for number, (label, kept, dropped, threshold) in enumerate(panels, start=1):
+        axis = figure.add_subplot(rows, 2, number)
+        highest = max([*kept, *dropped, threshold or 0, 1e-6])
         axis.hist([kept, dropped], bins=np.linspace(0, highest, 41), stacked=True, color=[TRAIN, VALIDATION],
                   label=[f"kept ({len(kept)})", f"dropped ({len(dropped)})"])
         if threshold is not None:

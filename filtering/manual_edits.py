@@ -1,100 +1,111 @@
-"""Verdicts that a person set in tiles.csv, and what becomes of them when the filter runs again.
+"""Keep the verdicts and notes that a person wrote into tiles.csv when the filter runs again.
 
-A person sets a verdict by editing `split`. The filter writes what it would say itself into `proposed`, and what the
-person said into `by_hand`, so that neither is forgotten when for a while they agree.
+A person sets a verdict by editing `split`. The filter writes its own verdict into `proposed` and the person's into
+`by_hand`, so that both survive runs in which they agree.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from common.console import UserError
-from dataset import SPLITS, Tile, read_tiles, rows_of
+from dataset import SPLITS, Tile, read_list, reject_outside, rows_of
 
-SHOWN = 10  # of a long list on the terminal
-
-
-def apply_manual_edits(tiles: Sequence[Tile], before: Sequence[Tile]) -> list[Tile]:
-    """Put verdicts in force: those set by hand in the list `before`, else the proposed ones; notes are kept.
-
-    A group stays on one side: that of a tile for which a person chose one, else that of the tiles which the filter
-    keeps, and a tile which a person kept although the filter drops it joins them. A corrupt tile cannot be kept.
-    """
-    was, judged = _finder(before), []
-    for tile in tiles:
-        old = was(tile)
-        hand = old.hand if old else ""
-        lost = tile.proposed == "corrupt" and hand in SPLITS
-        judged.append(replace(tile, split=tile.proposed if lost or not hand else hand, by_hand=hand,
-                              note=old.note if old else ""))
-
-    def rank(tile: Tile) -> int:
-        return 2 if tile.proposed not in SPLITS else 0 if tile.by_hand else 1
-
-    sides: dict[str, str] = {}
-    for tile in sorted(judged, key=rank):
-        if tile.group and tile.split in SPLITS:
-            sides.setdefault(tile.group, tile.split)
-    for i, tile in enumerate(judged):
-        if tile.split in SPLITS and tile.group in sides:
-            side = sides[tile.group]
-            judged[i] = replace(tile, split=side, by_hand=side if tile.by_hand else "",
-                                proposed=side if rank(tile) == 1 else tile.proposed)
-    return judged
-
-
-def _finder(before: Sequence[Tile]) -> Callable[[Tile], Tile | None]:
-    """What finds a tile in the list `before`: by its image, else by its key, which spreadsheets like to change."""
-    images, keys = {tile.image: tile for tile in before}, {tile.key: tile for tile in before}
-    return lambda tile: images.get(tile.image) or keys.get(tile.key)
+SHOWN = 10  # items of a long list on the terminal
 
 
 def read_earlier_list(path: Path) -> list[Tile]:
-    """The list of an earlier run; empty where there is none."""
+    """Read the list of an earlier run; it is empty if there is none."""
     if not path.exists():
         return []
     try:
-        return read_tiles(path.parent)
+        tiles = read_list(path)
     except UserError as error:
-        if not str(error).startswith(str(path)):  # a tile is at fault, not the list
-            raise
-        raise UserError(f"{error}. Verdicts set by hand are kept, so the old list is read first: fix it, or delete it "
-                        "to judge all tiles afresh") from None
+        raise UserError(f"{error}. Manual verdicts are read from this list before it is replaced; fix it, or delete it "
+                        "to judge all tiles anew") from None
+    reject_outside(path.parent, [file for tile in tiles for file in (tile.image, tile.mask)])
+    return tiles
+
+
+def apply_manual_edits(tiles: Sequence[Tile], before: Sequence[Tile]) -> list[Tile]:
+    """Give each tile the verdict in force: the one set by hand in the list `before`, else the proposed one.
+
+    Notes are kept. A corrupt tile cannot be kept. All kept tiles of a group go to one side: the one that a person
+    chose, else the one that the filter proposes. A person who keeps a tile that the filter drops chooses no side.
+    """
+    judged = [_with_edits(tile, earlier) for tile, earlier in zip(tiles, _match(tiles, before), strict=True)]
+    sides = _sides(judged)
+    return [_on_side(tile, sides[tile.group]) if tile.group and tile.split in SPLITS else tile for tile in judged]
+
+
+def _match(tiles: Sequence[Tile], others: Sequence[Tile]) -> list[Tile | None]:
+    """Find each tile in `others` by its image, else by its key, which some spreadsheets change (001 becomes 1)."""
+    by_image, by_key = {other.image: other for other in others}, {other.key: other for other in others}
+    return [by_image.get(tile.image) or by_key.get(tile.key) for tile in tiles]
+
+
+def _with_edits(tile: Tile, earlier: Tile | None) -> Tile:
+    if earlier is None:
+        return replace(tile, split=tile.proposed, by_hand="", note="")
+    manual = earlier.manual_verdict
+    keeps_corrupt = tile.proposed == "corrupt" and manual in SPLITS
+    in_force = manual if manual and not keeps_corrupt else tile.proposed
+    return replace(tile, split=in_force, by_hand=manual, note=earlier.note)
+
+
+def _sides(judged: Sequence[Tile]) -> dict[str, str]:
+    """Return the side of each group with kept tiles.
+
+    Tiles that a person moved decide first, then tiles that nobody edited, then tiles kept against the filter.
+    """
+    kept = [tile for tile in judged if tile.group and tile.split in SPLITS]
+    sides: dict[str, str] = {}
+    for tile in sorted(kept, key=lambda tile: (tile.proposed not in SPLITS, not tile.by_hand)):
+        sides.setdefault(tile.group, tile.split)
+    return sides
+
+
+def _on_side(tile: Tile, side: str) -> Tile:
+    if tile.by_hand:
+        return replace(tile, split=side, by_hand=side)
+    return replace(tile, split=side, proposed=side)  # else the next run would take the side for a manual verdict
 
 
 def differences(before: Sequence[Tile], text: bytes, after: Sequence[Tile]) -> list[str]:
-    """What becomes of the list `before`, whose file held `text`: a line for all that is kept, lost or new."""
+    """Say what became of the list `before`, whose file held `text`: a line for each kind of change."""
     if not before:
         return []
-    was, still = _finder(before), _finder(after)
-    pairs = [(was(tile), tile) for tile in after]
-    hand = [(old, tile) for old, tile in pairs if old and old.hand]
-    sides = [{tile.group: tile.split for tile in tiles if tile.group and tile.split in SPLITS}
-             for tiles in (before, after)]
+    pairs = list(zip(_match(after, before), after, strict=True))
+    known = [(old, new) for old, new in pairs if old]
+    manual = [(old, new) for old, new in known if old.manual_verdict]
+    gone = [old for old, new in zip(before, _match(before, after), strict=True) if not new]
+    side_before, side_after = ({tile.group: tile.split for tile in tiles if tile.group and tile.split in SPLITS}
+                               for tiles in (before, after))
     columns = rows_of(text.decode("utf-8-sig")).fieldnames
-    lists = {
-        "set by hand and kept": [f"{tile.key} ({tile.proposed} -> {tile.split})" for old, tile in hand
-                                 if _kept(old, tile)],
-        "set by hand, but not in force": [f"{tile.key} ({old.hand}, now {tile.split})" for old, tile in hand
-                                          if not _kept(old, tile)],
-        "set by hand, but gone from the folder": [old.key for old in before if old.hand and not still(old)],
-        "new in the list, since their files were added or their rows deleted": [tile.key for old, tile in pairs
-                                                                                if not old],
-        "now in another group": [f"{tile.key} ({old.group or 'none'} -> {tile.group or 'none'})"
-                                 for old, tile in pairs if old and old.group != tile.group],
-        "groups that change sides": [f"{group} ({sides[0][group]} -> {side})" for group, side in sides[1].items()
-                                     if sides[0].get(group, side) != side],
-        "columns that are not the filter's and are dropped; words belong into `note`": [
+    changes = {
+        "set by hand and kept": [
+            f"{new.key} ({new.proposed} -> {new.split})" for old, new in manual if _is_in_force(old, new)],
+        "set by hand, but not in force": [
+            f"{new.key} ({old.manual_verdict}, now {new.split})" for old, new in manual if not _is_in_force(old, new)],
+        "set by hand, but gone from the folder": [old.key for old in gone if old.manual_verdict],
+        "new in the list (files added or rows deleted)": [new.key for old, new in pairs if not old],
+        "now in another group": [
+            f"{new.key} ({old.group or 'none'} -> {new.group or 'none'})"
+            for old, new in known if old.group != new.group],
+        "groups that change sides": [
+            f"{group} ({side_before[group]} -> {side})"
+            for group, side in side_after.items() if side_before.get(group, side) != side],
+        "unknown columns that are dropped; write notes into `note`": [
             name for name in columns if name and name not in {f.name for f in fields(Tile)}],
     }
-    if not any(tile.proposed for tile in before):
-        lists["with another verdict than in the old list, which has no column `proposed` to tell those set by hand"] = [
-            f"{tile.key} ({old.split} -> {tile.split})" for old, tile in pairs if old and old.split != tile.split]
-    return [f"{what} ({len(found)}): {', '.join(found[:SHOWN])}{', …' if len(found) > SHOWN else ''}"
-            for what, found in lists.items() if found]
+    if not any(old.proposed for old in before):
+        changes["another verdict than in the old list, in which manual verdicts cannot be told without `proposed`"] = [
+            f"{new.key} ({old.split} -> {new.split})" for old, new in known if old.split != new.split]
+    return [f"{title} ({len(items)}): {', '.join(items[:SHOWN])}{', …' if len(items) > SHOWN else ''}"
+            for title, items in changes.items() if items]
 
 
-def _kept(was: Tile, now: Tile) -> bool:
-    """Whether a verdict set by hand is in force; a tile kept against the filter may have followed its group."""
-    followed = now.proposed not in SPLITS and {was.hand, now.split} <= set(SPLITS)
-    return was.hand == now.split or followed
+def _is_in_force(old: Tile, new: Tile) -> bool:
+    """Return whether a manual verdict holds. A tile kept against the filter may have followed its group."""
+    followed_group = new.proposed not in SPLITS and {old.manual_verdict, new.split} <= set(SPLITS)
+    return old.manual_verdict == new.split or followed_group

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_config, write_pairs
 
-from common.workers import ONE_THREAD
+from common.workers import THREAD_VARIABLES
 
 
 def pytest_addoption(parser):
@@ -19,8 +19,8 @@ def pytest_addoption(parser):
 
 
 def pytest_xdist_setupnodes():
-    """The processes of pytest-xdist share the cores: one thread each, and for what they start."""
-    for name in ONE_THREAD:
+    """Give each process of pytest-xdist, and those that it starts, one thread, because they share the cores."""
+    for name in THREAD_VARIABLES:
         os.environ.setdefault(name, "1")
 
 
@@ -41,7 +41,7 @@ def real_data(pytestconfig) -> Path:
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """Like `script`, but in this process, which spares the seconds that importing torch takes."""
+    """Run a script as `script` does, but in this process, which saves the seconds to import torch."""
     from common import console
 
     def call(name, *arguments, cwd):
@@ -53,9 +53,16 @@ def here(monkeypatch, capsys):
             console.run(importlib.import_module(name.removesuffix(".py")).main)
         except SystemExit as end:
             code = end.code
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess([name, *arguments], code, said.out, said.err)
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess([name, *arguments], code, output.out, output.err)
     return call
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """The current folder of a test: runs are written to runs/ below it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

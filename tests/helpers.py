@@ -1,6 +1,9 @@
 """Small data and calls of the scripts that several tests share."""
 
+import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ TINY = ["data.group=^(s\\d+)", "data.crop=16", "model.widths=[4,8]", "train.epoc
 
 
 def script(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
-    """Run a script or `-m tools.x` of this repository as a user does, however long this machine takes."""
+    """Run a script or `-m tools.x` of this repository as a user does, without a limit of time."""
     name, *rest = map(str, arguments)
     command = ["-m", name] if name.startswith("tools.") else [str(REPOSITORY / name)]
     return subprocess.run([sys.executable, *command, *rest], cwd=cwd, capture_output=True, text=True,
@@ -45,6 +48,78 @@ def tiny_config(root: Path):
     settings = config_files.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={root}"])
     write_tiles(root / TILE_LIST, pipeline.filter_tiles(settings).tiles)
     return settings
+
+
+def checkpoint_contents(run: Path, name: str = "last") -> dict:
+    """All that a checkpoint of a run holds, except measured times and memory."""
+    import torch
+
+    contents = torch.load(run / "checkpoints" / f"{name}.pt", weights_only=True, map_location="cpu")
+    for row in contents["history"]:
+        for measured in ("seconds", "images_per_second", "peak_memory_mb"):
+            del row[measured]
+    return contents
+
+
+def assert_equal(a, b, path: str = "") -> None:
+    """Assert that two trees of tensors and numbers are equal in every bit; `path` says where they differ."""
+    import torch
+
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def run_evaluate(*arguments) -> None:
+    """Run evaluate.py in this process; errors are raised."""
+    from unittest import mock
+
+    import evaluate
+
+    with mock.patch.object(sys, "argv", ["evaluate.py", *map(str, arguments)]):
+        evaluate.main()
+
+
+def read_scores(folder: Path) -> dict:
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def copy_run(run: Path, name: str, change=lambda weights: None) -> Path:
+    """Copy a run under another name and let `change` edit the weights of its checkpoints in place."""
+    import torch
+
+    folder = shutil.copytree(run, run.parent / name, ignore=shutil.ignore_patterns("evaluation*"))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("name: tiny", f"name: {name}"))
+    for path in (folder / "checkpoints").iterdir():
+        contents = torch.load(path, weights_only=True)
+        contents["config"]["name"] = name
+        change(contents["model"])
+        torch.save(contents, path)
+    return folder
+
+
+def always_predict(k: int):
+    """A change for `copy_run`: the network predicts class k everywhere."""
+    def change(weights: dict) -> None:
+        weights["head.weight"][:] = 0
+        weights["head.bias"][:] = 0
+        weights["head.bias"][k] = 50
+    return change
 
 
 def numpy_batches(crops, store: np.ndarray, batch_size: int):

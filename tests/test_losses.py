@@ -1,13 +1,22 @@
+"""losses.py against plain loops, finite differences and MONAI."""
+
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from monai.losses import DiceLoss
 
+from common.config import Loss
 from losses import LOSSES, class_weights, cross_entropy, make_loss, soft_dice
 
 SHAPE = (2, 3, 5, 4)
+NAMES = get_args(Loss.__annotations__["name"])
+
+
+def test_every_name_in_a_config_has_a_loss():
+    assert {*NAMES} == {*LOSSES, "wce"}
 
 
 def sample(seed=0, target=None):
@@ -16,8 +25,8 @@ def sample(seed=0, target=None):
     return logits, torch.randint(0, 3, (2, 5, 4), generator=random) if target is None else target
 
 
-def naive(name, logits, target, weights=(1, 1, 1)):
-    """Equations 2, 3, 6, 7 and 12 with their signs mended, as loops over tiles, pixels and classes in float64."""
+def plain_loop(name, logits, target, weights=(1, 1, 1)):
+    """Equations 2, 3, 6, 7 and 12 with correct signs, as loops over tiles, pixels and classes in float64."""
     logits, target = logits.double().numpy(), target.numpy()
     ce = score = 0.0
     for b in range(SHAPE[0]):
@@ -35,17 +44,17 @@ def naive(name, logits, target, weights=(1, 1, 1)):
     return {"ce": ce, "wce": ce, "dice": -score, "dice_ce": ce - score, "log_dice_ce": ce - np.log(score)}[name]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(3))
-def test_losses_equal_the_naive_loop(name, seed):
+def test_losses_equal_the_plain_loop(name, seed):
     logits, target = sample(seed)
     frequencies = torch.tensor([0.525, 0.275, 0.2])
     weights = class_weights(frequencies).tolist() if name == "wce" else (1, 1, 1)
     assert make_loss(name, frequencies)(logits, target).item() == pytest.approx(
-        naive(name, logits, target, weights), rel=1e-5)
+        plain_loop(name, logits, target, weights), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_finite_differences(name):
     logits, target = sample(4, target=torch.randint(0, 2, (2, 5, 4)))  # class 2 is absent
     frequencies = torch.tensor([0.5, 0.3, 0.2])
@@ -55,7 +64,7 @@ def test_gradients_equal_finite_differences(name):
     for index in [(0, 0, 0, 0), (0, 1, 2, 3), (1, 2, 4, 1), (1, 0, 3, 3)]:
         step = torch.zeros(SHAPE, dtype=torch.float64)
         step[index] = 1e-5
-        up, down = (naive(name, logits.detach().double() + s * step, target, weights) for s in (1, -1))
+        up, down = (plain_loop(name, logits.detach().double() + s * step, target, weights) for s in (1, -1))
         assert logits.grad[index].item() == pytest.approx((up - down) / 2e-5, rel=1e-3, abs=1e-6)
 
 
@@ -66,10 +75,10 @@ def test_soft_dice_equals_monai():
     assert torch.allclose(soft_dice(logits, target), (1 - theirs).mean((1, 2, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_finite_on_single_class_tiles_and_saturated_logits(name, scale, dtype):
+def test_losses_are_finite_on_single_class_tiles_and_saturated_logits(name, scale, dtype):
     """Equation 6 as printed is 0/0 here."""
     target = torch.zeros(2, 5, 4, dtype=torch.int64)
     logits = torch.zeros(SHAPE, dtype=dtype)
@@ -87,7 +96,7 @@ def test_a_perfect_prediction_shows_the_known_defect_of_soft_dice():
         assert soft_dice(logits, target).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_weights_scale_the_loss_unlike_torchs_own():
+def test_weights_scale_the_loss_unlike_those_of_torch():
     logits, target = sample()
     weights = torch.tensor([0.2, 0.3, 0.5])
     assert cross_entropy(logits, target, 2 * weights).item() == pytest.approx(

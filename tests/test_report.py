@@ -1,4 +1,4 @@
-"""The report's printed numbers, and its published tiles, predictions and loss curves where they are at hand."""
+"""The numbers that the report prints, and its published tiles, predictions and loss curves (with --real-data)."""
 
 import json
 import math
@@ -40,7 +40,7 @@ CURVES = {"ce": (66,), "wce": (), "dice": (), "dice_ce": ()}
 
 @pytest.mark.parametrize("name", [*(f"large_drop_batch_{n}" for n in CURVES), "small_dice_ce"])
 def test_equation_1_gives_the_published_moving_averages(real_data, name):
-    """The CE run was resumed at epoch 66 without its EMA, which starts again there."""
+    """The CE run was resumed at epoch 66 without its moving averages, so they start again there."""
     curves = torch.load(real_data / f"report_tiles/loss_curves/model_{name}.pt", weights_only=True).double().numpy()
     curves = curves[: int(np.flatnonzero(curves.any(1)).max()) + 1]
     restarts = {0, *(epoch - 1 for epoch in CURVES.get(name.removeprefix("large_drop_batch_"), ()))}
@@ -64,7 +64,7 @@ FIGURE_9 = {"ce": (0.6241, 0.514), "wce": (0.6283, 0.572), "dice": (0.6138, 0.57
 
 
 def test_figure_9_scores(real_data, tmp_path, monkeypatch):
-    """Printed accuracies, and hard Dice, by evaluate.py, on the grid of pixels whose truth was recovered exactly."""
+    """evaluate.py gives the printed accuracies, and hard Dice, on the pixels whose truth is known exactly."""
     source = real_data / "report_tiles"
     known = np.asarray(Image.open(source / "known/known_pixels.png")) == 255
     grid = np.ix_(known.any(1), known.any(0))

@@ -1,6 +1,6 @@
-"""Every script as its user runs it: in a folder of its own, and where it matters in a process of its own.
+"""The scripts as a user runs them: the whole way from tiles to scores, errors, killed runs, full disks, closed folders.
 
-Disks that are full are simulated by a limit on the size of files, which the system keeps for real.
+A full disk is simulated by the system's limit on the size of files.
 """
 
 import json
@@ -70,8 +70,8 @@ def test_the_next_command_can_be_pasted(tiles_root, tmp_path, here):
     assert shlex.split(line)[3:] == ["--config", "my configs/x.yaml", f"data.root={tiles_root}", *TINY]
 
 
-def test_a_run_killed_at_any_instant_and_resumed_equals_the_uninterrupted_one(tiles_root, tmp_path, here):
-    """SIGKILL, three times, wherever the process is; then every bit of the last checkpoint is compared."""
+def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tiles_root, tmp_path, here):
+    """Kill the process three times at random moments; then every bit of the last checkpoint must be equal."""
     (tmp_path / "x.yaml").write_text("model: {dropout: 0.5}\n")
     settings = [*TINY, f"data.root={tiles_root}", "train.epochs=24"]
     assert here("data_filter.py", "--config", "x.yaml", *settings, cwd=tmp_path).returncode == 0
@@ -104,15 +104,15 @@ def test_a_run_killed_at_any_instant_and_resumed_equals_the_uninterrupted_one(ti
 @pytest.mark.parametrize(("command", "expected"), [
     (["train.py", "--config", "configs/dice_ce.yaml", "name=none"], "make_demo_data"),
     (["data_filter.py", "--config", "configs/dice_ce.yaml"], "make_demo_data"),
-    (["train.py", "--config", "configs/none.yaml"], "no such config file"),
-    (["train.py", "--config", "configs/demo.yaml", "optim.Ir=1"], "did you mean 'optim.lr'"),
-    (["train.py", "--resume", "runs/none"], "no such run"),
-    (["evaluate.py", "runs/none"], "no such checkpoint"),
+    (["train.py", "--config", "configs/none.yaml"], "configs/none.yaml"),
+    (["train.py", "--config", "configs/demo.yaml", "optim.Ir=1"], "'optim.lr'"),
+    (["train.py", "--resume", "runs/none"], "runs/none"),
+    (["evaluate.py", "runs/none"], "runs/none"),
     (["evaluate.py", "data.root=x"], "no run given"),
-    (["evaluate.py", "--predictions", "x", "--config", "configs/none.yaml"], "no such config file"),
-    (["evaluate.py", "runs/none", "--images", "data"], "no such checkpoint"),
-    (["tools.prepare_ebhi", "nowhere", "data/ebhi"], "no EBHI-Seg images found"),
-    (["tools.make_demo_data", "configs"], "not an empty folder"),
+    (["evaluate.py", "--predictions", "x", "--config", "configs/none.yaml"], "configs/none.yaml"),
+    (["evaluate.py", "runs/none", "--images", "data"], "runs/none"),
+    (["tools.prepare_ebhi", "nowhere", "data/ebhi"], "nowhere/CLASS/image/NAME.png"),
+    (["tools.make_demo_data", "configs"], "configs exists"),
 ])
 def test_what_a_user_can_fix_is_one_line_and_exit_code_2(demo, here, command, expected):
     out = here(*command, cwd=demo)
@@ -137,7 +137,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def on_a_full_disk(room, name, *arguments, cwd):
-    """Run a script where no file may grow beyond `room` bytes."""
+    """Run a script in a process in which no file may grow beyond `room` bytes."""
     pytest.importorskip("resource")
     (cwd / "limited.py").write_text(LIMITED)
     return script(cwd / "limited.py", room, REPOSITORY / name, *arguments, cwd=cwd)
@@ -148,7 +148,7 @@ def contents(folder):
             if path.is_file() and path.name != ".lock"}
 
 
-def test_a_full_disk_costs_a_run_nothing_but_the_epoch(tiles_root, tmp_path, here):
+def test_a_full_disk_costs_a_run_only_the_current_epoch(tiles_root, tmp_path, here):
     (tmp_path / "x.yaml").write_text("{}")
     settings = [*TINY, f"data.root={tiles_root}", "train.epochs=2"]
     assert here("data_filter.py", "--config", "x.yaml", *settings, cwd=tmp_path).returncode == 0
@@ -162,7 +162,7 @@ def test_a_full_disk_costs_a_run_nothing_but_the_epoch(tiles_root, tmp_path, her
     out = on_a_full_disk(10_000, "train.py", "--resume", "runs/parts", "train.epochs=2", cwd=tmp_path)
     assert out.returncode == 2 and "Traceback" not in out.stderr
     assert "runs/parts/checkpoints/" in out.stderr and ".pt: cannot be written (File too large)" in out.stderr
-    assert out.stderr.strip().endswith("go on with: python train.py --resume runs/parts")
+    assert out.stderr.strip().endswith("with: python train.py --resume runs/parts")
     assert contents(tmp_path / "runs/parts/checkpoints") == before
     assert here("train.py", "--resume", "runs/parts", cwd=tmp_path).returncode == 0
     whole, parts = (torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt", weights_only=True)["model"]
@@ -170,7 +170,7 @@ def test_a_full_disk_costs_a_run_nothing_but_the_epoch(tiles_root, tmp_path, her
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_a_full_disk_costs_no_earlier_results(trained, here):
+def test_a_full_disk_keeps_earlier_results(trained, here):
     workplace = trained.parent.parent
     assert here("evaluate.py", trained, cwd=workplace).returncode == 0
     assert here("data_filter.py", "--config", trained / "config.yaml", cwd=workplace).returncode == 0
@@ -187,9 +187,9 @@ def test_a_full_disk_costs_no_earlier_results(trained, here):
 
 @pytest.fixture
 def powerless():
-    """A prefix without the privilege of writing everywhere; none is needed where we do not have it."""
+    """The words before a command that take root's privilege to write everywhere; none if we are not root."""
     if not hasattr(os, "geteuid"):
-        pytest.skip("folders are protected otherwise here")
+        pytest.skip("folders are not protected by modes here")
     if os.geteuid():
         return []
     if not shutil.which("setpriv"):
@@ -218,8 +218,8 @@ def test_a_folder_that_cannot_be_written_to_is_named(trained, tiles_root, powerl
     assert "written" in message and ("runs/" in message or str(tiles_root) in message)
 
 
-def test_a_console_that_cannot_print_a_name_ends_no_work(trained):
-    """On Windows the names may be beyond the code page of the console, or of the file that output goes to."""
+def test_a_console_that_cannot_print_a_name_does_not_end_the_work(trained):
+    """On Windows the encoding of the console, or of the file with the output, may lack letters of a name."""
     workplace = trained.parent.parent
     config = (trained / "config.yaml").read_text(encoding="utf-8")
     (workplace / "x.yaml").write_text(config.replace("name: tiny", "name: prüfung-Ж")

@@ -1,3 +1,5 @@
+"""unet.py: parameter counts, sizes, and the forward pass against the figure of the report."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,18 +29,18 @@ def test_logits_have_the_size_of_the_image_at_any_depth(widths):
     assert model(torch.randn(2, 3, *size)).shape == (2, 5, *size)
 
 
-def test_a_size_the_depth_cannot_take_names_the_multiple():
-    with pytest.raises(ValueError, match="multiples of 16; it was given 500 x 512"):
+def test_a_size_that_the_levels_cannot_halve_names_the_multiple():
+    with pytest.raises(ValueError, match="multiples of 16.*500 x 512"):
         UNet((2, 2, 2, 2, 2))(torch.zeros(1, 3, 500, 512))
 
 
 def test_each_convolution_has_its_own_batch_norm_and_dropout_and_the_head_has_none():
     model = UNet((4, 8), dropout=0.5)
-    kinds = [type(layer).__name__ for layer in model.encoder[0]]
-    assert kinds == ["Conv2d", "Dropout2d", "BatchNorm2d", "LeakyReLU"] * 2
+    layers = [type(layer).__name__ for layer in model.encoder[0]]
+    assert layers == ["Conv2d", "Dropout2d", "BatchNorm2d", "LeakyReLU"] * 2
     assert len(set(map(id, model.encoder[0]))) == 8
     assert isinstance(model.head, torch.nn.Conv2d) and model.head.kernel_size == (1, 1)
-    assert sum(isinstance(m, torch.nn.Dropout2d) for m in model.modules()) == 6  # two a block, the first one included
+    assert sum(isinstance(m, torch.nn.Dropout2d) for m in model.modules()) == 6  # two in each block, also in the first
     assert not any(isinstance(m, torch.nn.Dropout2d) for m in UNet((4, 8), dropout=0).modules())
 
 

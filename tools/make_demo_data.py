@@ -1,20 +1,20 @@
-"""Synthetic tiles that look like H&E-stained colorectal tissue, so that everyone can run the project.
+"""Draw synthetic tiles that look like H&E-stained colorectal tissue, so that everyone can run the project.
 
     python -m tools.make_demo_data data/demo                          # 240 tiles, about half a minute
     python -m tools.make_demo_data data/small --tiles 60 --slides 6 --size 256 --seed 3
 
 A tile is drawn in three steps: a layout (where glass, stroma, crypts and tumour glands lie), maps of how much
-haematoxylin and eosin every pixel holds, and the absorption of light by these stains (Beer-Lambert).
+haematoxylin and eosin each pixel contains, and the absorption of light by these stains (Beer-Lambert).
 
-Classes and greys of the masks: background 26 (glass), tissue 51 (stroma, normal crypts, clefts), tumour 77 (its
-epithelium). The central lumen of a tumour gland is tissue, as the epithelium only surrounds it; the pinholes
-inside the epithelium are tumour.
+Classes and mask values: background 26 (glass), tissue 51 (stroma, normal crypts, clefts), tumour 77 (its epithelium).
+The central lumen of a tumour gland is tissue, because the epithelium only surrounds it. The pinholes in the epithelium
+are tumour.
 
-Some tiles carry a planted defect, as masks made by image registration do: no tissue at all (`empty`), a mask that
-is `shifted` or `rotated`, tissue annotated on glass (`over_glass`) or tissue left out (`left_out`). OUT/truth.csv
-names the defect of every tile and OUT/truth/ holds the clean masks.
+Some tiles have a planted defect, like masks that were made by image registration: no tissue at all (`empty`), a mask
+that is `shifted` or `rotated`, tissue annotated on glass (`over_glass`) or tissue left out (`left_out`). OUT/truth.csv
+names the defect of every tile, and OUT/truth/ holds the clean masks.
 
-A tile depends on the seed, its slide, its number and the size, and not on how many tiles or slides are asked for.
+A tile depends on the seed, its slide, its number and the size, but not on the number of tiles or slides.
 """
 
 import argparse
@@ -36,36 +36,36 @@ from common.files import writing
 from common.workers import cores, worker_map
 
 CLASSES = ("background", "tissue", "tumour")
-GREYS = np.array([26, 51, 77], np.uint8)
+MASK_VALUES = np.array([26, 51, 77], np.uint8)
 DEFECTS = {"empty": 0.125, "shifted": 0.07, "rotated": 0.05, "over_glass": 0.055, "left_out": 0.055}
 COLUMNS = ("key", "slide", "defect", "dx", "dy", "angle", "foreground", "wrong")
 
-MARGIN = 160  # px around a tile that are laid out too: a shifted or rotated mask shows what lies there
-STEP = 4  # px between the points where a layout is computed; everything finer is texture
-TILES_BETWEEN_SLIDES = 19  # the plans of 20 tiles on each slide then continue one another without gap or repeat
-SLIDE, LAYOUT, PAINT, SPOIL = range(4)  # random streams: a change to one step leaves the others as they were
+MARGIN = 160  # px around a tile that are laid out too, because a shifted or rotated mask shows them
+STEP = 4  # px between the points where a layout is computed; finer details are texture
+TILES_BETWEEN_SLIDES = 19  # so that the plans of 20 tiles on each slide continue those of the slide before
+SLIDE, LAYOUT, PAINT, SPOIL = range(4)  # random streams: a change to one step does not change the others
 
 HAEMATOXYLIN, EOSIN, BLOOD = (0.62, 0.70, 0.33), (0.11, 0.90, 0.42), (0.12, 0.76, 0.62)
 
 
 @dataclass(frozen=True)
 class Slide:
-    """What the tiles of one slide share."""
+    """What all tiles of one slide have in common."""
 
     stains: np.ndarray  # (3, 3): absorbance of red, green, blue by haematoxylin, eosin and red blood cells
-    light: np.ndarray  # (3,): grey levels of the bare glass
+    light: np.ndarray  # (3,): red, green, blue of the bare glass
     blur: float
     noise: float
     spacing: float  # px between the centres of tumour glands
     wall: float  # px of epithelium around the lumen of a tumour gland
-    grade: float  # 0 to 1: how large, dark and unequal the nuclei of the tumour are
-    goblets: float  # share of the cells of a crypt that hold mucin
+    grade: float  # 0 to 1: how large, dark and unequal the tumour's nuclei are
+    goblets: float  # share of the cells of a crypt that contain mucin
     inflamed: float  # density of lymphocytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one tile is to hold."""
+    """What one tile shall contain."""
 
     defect: str
     glass: float  # share of the tile
@@ -74,7 +74,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layout:
-    """Distances in px, positive inside, each of shape (size, size), and the classes of the larger field."""
+    """Distances to borders in px (size, size), positive inside, and the classes of the tile and its margin."""
 
     tissue: np.ndarray
     gland: np.ndarray
@@ -84,7 +84,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Tile:
+class DemoTile:
     """A finished tile: image (size, size, 3), masks of class indices (size, size) and its row of truth.csv."""
 
     image: np.ndarray
@@ -94,13 +94,13 @@ class Tile:
 
 
 def stream(*ids: int) -> Generator:
-    """The random numbers of one step of one tile; ids are (seed, slide, number, step)."""
+    """Return the random generator of one step of one tile; ids are (seed, slide, number, step)."""
     return np.random.default_rng(ids)
 
 
 @lru_cache(maxsize=64)
 def spline_basis(size: int, scale: float) -> np.ndarray:
-    """(size, knots) cubic B-spline weights; knot k lies at pixel (k - 1) * scale."""
+    """Return the cubic B-spline weights (size, knots); knot k lies at pixel (k - 1) * scale."""
     at = np.arange(size) / scale
     first, f = np.floor(at).astype(int), at % 1
     weights = np.stack([(1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3], 1) / 6
@@ -110,18 +110,18 @@ def spline_basis(size: int, scale: float) -> np.ndarray:
 
 
 def cloud(rng: Generator, size: int, scale: float) -> np.ndarray:
-    """(size, size) smooth noise with mean 0, deviation about 1 and bumps about `scale` px apart."""
+    """Return smooth noise (size, size) with mean 0, deviation about 1 and bumps about `scale` px apart."""
     basis = spline_basis(size, scale)
     return 2 * basis @ rng.standard_normal((basis.shape[1],) * 2, np.float32) @ basis.T
 
 
 def ramp(distance: np.ndarray, width: float = 1.0) -> np.ndarray:
-    """From 0 outside to 1 inside over `width` px: an edge without steps."""
+    """Return a smooth edge that rises from 0 outside to 1 inside over `width` px."""
     return np.clip(distance / width + 0.5, 0, 1)
 
 
 def make_slide(seed: int, slide: int) -> Slide:
-    """The stain, the optics and the biology of a slide: different from slide to slide, but not wildly."""
+    """Draw stain, optics and biology of a slide, which differ moderately between slides."""
     rng = stream(seed, slide, 0, SLIDE)
     stains = np.array([HAEMATOXYLIN, EOSIN, BLOOD]) + rng.normal(0, 0.025, (3, 3))
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
@@ -136,7 +136,7 @@ def make_slide(seed: int, slide: int) -> Slide:
 
 
 def make_plan(seed: int, slide: int, number: int) -> Plan:
-    """Evenly spread shares and defects, whatever the number of tiles; tile 0 of a slide is clean with all classes."""
+    """Spread shares and defects evenly over any number of tiles. Tile 0 of a slide is clean and has all classes."""
     if number == 0:
         return Plan("none", 0.45, 0.5)
     index = seed * 7919 + slide * TILES_BETWEEN_SLIDES + number
@@ -153,7 +153,7 @@ def make_plan(seed: int, slide: int, number: int) -> Plan:
 
 
 def hillside(rng: Generator, y: np.ndarray, x: np.ndarray, size: int, rough: float) -> np.ndarray:
-    """A rounded slope of about 1 per px with rolling noise, at the knots of the layout; its level lines are borders."""
+    """Return a rounded, noisy slope of about 1 per px at the knots of the layout; its level lines are borders."""
     angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.6) * size
     slope = -np.hypot(y - size / 2 - away * np.sin(angle), x - size / 2 - away * np.cos(angle))
     for scale, height in ((200, 45), (70, 12), (26, 4)):
@@ -162,7 +162,7 @@ def hillside(rng: Generator, y: np.ndarray, x: np.ndarray, size: int, rough: flo
 
 
 def gland_cells(rng: Generator, y: np.ndarray, x: np.ndarray, spacing: float) -> np.ndarray:
-    """Distance to the border of back-to-back cells with warped, stretched outlines, at the knots of the layout."""
+    """Return the distance to the border of warped, stretched glands without gaps, at the knots of the layout."""
     angle, stretch, n = rng.uniform(0, np.pi), rng.uniform(1, 1.5), len(y)
     y, x = y + 24 * cloud(rng, n, 110 / STEP), x + 24 * cloud(rng, n, 110 / STEP)
     along, across = x * np.cos(angle) + y * np.sin(angle), (y * np.cos(angle) - x * np.sin(angle)) * stretch
@@ -178,7 +178,7 @@ def gland_cells(rng: Generator, y: np.ndarray, x: np.ndarray, spacing: float) ->
 
 
 def place_crypts(rng: Generator, free: np.ndarray, size: int) -> np.ndarray:
-    """(n, 5) crypts y, x, radius, elongation, angle, where `free` (px to the next border, at knots) leaves room."""
+    """Return crypts (n, 5): y, x, radius, elongation, angle, where `free` (px to a border, at knots) leaves room."""
     radius, angle, stretch = rng.uniform(46, 58), rng.uniform(0, np.pi), rng.uniform(1, 1.35)
     points = lattice(rng, size + 2 * MARGIN, 2.25 * radius, 0.07) - MARGIN
     crypts = np.column_stack([points, radius * rng.uniform(0.86, 1.08, len(points)),
@@ -188,12 +188,12 @@ def place_crypts(rng: Generator, free: np.ndarray, size: int) -> np.ndarray:
 
 
 def lay_out(rng: Generator, slide: Slide, plan: Plan, size: int) -> Layout:
-    """Where glass, tumour glands, lumina and crypts lie, in the tile and in a margin around it."""
+    """Decide where glass, tumour glands, lumina and crypts lie, in the tile and in a margin around it."""
     whole = spline_basis(size + 2 * MARGIN, STEP)
     y, x = np.meshgrid(*[(np.arange(whole.shape[1], dtype=np.float32) - 1) * STEP - MARGIN] * 2, indexing="ij")
     in_tile = (y >= 0) & (y < size) & (x >= 0) & (x < size)
     tissue = hillside(rng, y, x, size, 1)
-    beyond = {0: -60, 1: 60}.get(plan.glass, 0)  # px: keeps the border well away from a tile without one
+    beyond = {0: -60, 1: 60}.get(plan.glass, 0)  # px: no border comes near a tile that has none
     tissue -= np.quantile(tissue[in_tile], plan.glass) + beyond
     tumour = hillside(rng, y, x, size, 1.4)
     tumour -= np.quantile(tumour[in_tile & (tissue > 0)], 1 - plan.tumour) if plan.tumour else 1e4
@@ -209,7 +209,7 @@ def lay_out(rng: Generator, slide: Slide, plan: Plan, size: int) -> Layout:
 
 
 def lattice(rng: Generator, size: int, pitch: float, jitter: float) -> np.ndarray:
-    """(n, 2) points y, x of a jittered hexagonal lattice that covers the tile and a little more."""
+    """Return points (n, 2) y, x of a jittered hexagonal lattice that covers the tile and a little more."""
     rows, columns = np.arange(-pitch, size + pitch, 0.866 * pitch), np.arange(-pitch, size + pitch, float(pitch))
     y, x = np.meshgrid(rows, columns, indexing="ij")
     x[1::2] += pitch / 2
@@ -217,20 +217,20 @@ def lattice(rng: Generator, size: int, pitch: float, jitter: float) -> np.ndarra
 
 
 def look_up(values: np.ndarray, points: np.ndarray, dy: int = 0, dx: int = 0) -> np.ndarray:
-    """(n,) values at the points; a point outside of the tile reads the nearest pixel."""
+    """Return the values (n,) at the points; a point outside the tile reads the nearest pixel."""
     last = len(values) - 1
     y, x = np.rint(points).astype(int).T
     return values[np.clip(y + dy, 0, last), np.clip(x + dx, 0, last)]
 
 
 def uphill(values: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(n,) angle of the steepest rise at the points."""
+    """Return the angle (n,) of the steepest rise at the points."""
     return np.arctan2(look_up(values, points, dy=3) - look_up(values, points, dy=-3),
                       look_up(values, points, dx=3) - look_up(values, points, dx=-3))
 
 
 def crypt_frame(y: np.ndarray, x: np.ndarray, crypt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (same shape as y and x) in which the crypt is a circle around 0."""
+    """Return coordinates, shaped like y and x, in which the crypt is a circle around 0."""
     cy, cx, _, stretch, angle = crypt
     y, x = y - cy, x - cx
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -238,7 +238,7 @@ def crypt_frame(y: np.ndarray, x: np.ndarray, crypt: np.ndarray) -> tuple[np.nda
 
 
 def outside_crypts(points: np.ndarray, crypts: np.ndarray, gap: float) -> np.ndarray:
-    """(n,) whether the points keep a distance of `gap` px from every crypt."""
+    """Return whether the points (n,) keep a distance of `gap` px from every crypt."""
     free = np.ones(len(points), bool)
     for crypt in crypts:
         free &= np.hypot(*crypt_frame(points[:, 0], points[:, 1], crypt)) > crypt[2] + gap
@@ -246,7 +246,7 @@ def outside_crypts(points: np.ndarray, crypts: np.ndarray, gap: float) -> np.nda
 
 
 def stroma_nuclei(rng: Generator, slide: Slide, layout: Layout, *maps: np.ndarray) -> np.ndarray:
-    """(n, 7) spindle cells along the fibres and lymphocytes in patches, none on blood; columns as in `stamp`."""
+    """Return spindle cells along fibres and lymphocytes in patches, none on blood: (n, 7), columns as in `stamp`."""
     across, patches, blood = maps
     size = len(across)
     points = lattice(rng, size, 24, 0.3)
@@ -269,7 +269,7 @@ def stroma_nuclei(rng: Generator, slide: Slide, layout: Layout, *maps: np.ndarra
 
 
 def tumour_nuclei(rng: Generator, slide: Slide, layout: Layout) -> np.ndarray:
-    """(n, 7) crowded, stratified, unequal nuclei that stand across the wall of their gland; columns as in `stamp`."""
+    """Return crowded, unequal nuclei that lie across the wall of their gland: (n, 7), columns as in `stamp`."""
     points = lattice(rng, len(layout.gland), 13.2 + 2.2 * slide.grade, 0.13)
     depth, to_lumen = look_up(layout.gland, points), -look_up(layout.lumen, points)
     points = points[(depth > 4) & (to_lumen > 5) & (rng.random(len(points)) < np.clip(to_lumen / 18 - 0.3, 0.05, 0.96))]
@@ -282,7 +282,7 @@ def tumour_nuclei(rng: Generator, slide: Slide, layout: Layout) -> np.ndarray:
 
 
 def crypt_nuclei(rng: Generator, crypt: np.ndarray) -> np.ndarray:
-    """(n, 7) a regular ring of small nuclei at the base of a crypt; columns as in `stamp`."""
+    """Return a regular ring of small nuclei at the base of a crypt: (n, 7), columns as in `stamp`."""
     y, x, radius, stretch, angle = crypt
     n = int(2 * np.pi * radius / 8.6)
     phi = (np.arange(n) + rng.normal(0, 0.12, n)) * 2 * np.pi / n
@@ -294,9 +294,9 @@ def crypt_nuclei(rng: Generator, crypt: np.ndarray) -> np.ndarray:
 
 
 def stamp(cells: np.ndarray, wobble: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ellipses with uneven outlines; cells (n, 7): y, x, half length, half width, angle, darkness, vesicular.
+    """Draw ellipses with uneven outlines. Cells (n, 7): y, x, half length, half width, angle, darkness, vesicular.
 
-    Returns (size, size) maps: radius relative to the outline of the nearest cell (9 where there is none), its index.
+    Returns two maps (size, size): radius relative to the outline of the nearest cell (9 if there is none), its index.
     """
     size, reach = len(wobble), np.arange(-12, 13)
     y, x, length, width, angle = cells[:, :5].astype(np.float32).T[:, :, None, None]
@@ -307,7 +307,7 @@ def stamp(cells: np.ndarray, wobble: np.ndarray) -> tuple[np.ndarray, np.ndarray
     near = (radius < 1.5) & (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
     pixel = (rows * size + columns)[near]
     radius = radius[near] * (1 + 0.1 * wobble.ravel()[pixel])
-    # radius and index share one integer, so that one unbuffered minimum finds the nearest cell of every pixel
+    # radius and index share one integer, so that one minimum finds the nearest cell of every pixel
     packed = (np.clip(radius, 0, 8) * 2**20).astype(np.int64) << 20 | np.nonzero(near)[0]
     nearest = np.full(size * size, 9 << 40, np.int64)
     np.minimum.at(nearest, pixel, packed)
@@ -316,7 +316,7 @@ def stamp(cells: np.ndarray, wobble: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def paint_nuclei(rng: Generator, stains: np.ndarray, cells: np.ndarray, wobble: np.ndarray, grain: np.ndarray) -> None:
-    """Dark membranes, clumped chromatin and paler centres, into stains (3, size, size)."""
+    """Add nuclei with dark membranes, clumped chromatin and paler centres to stains (3, size, size)."""
     if not len(cells):
         return
     radius, index = stamp(cells, wobble)
@@ -330,7 +330,7 @@ def paint_nuclei(rng: Generator, stains: np.ndarray, cells: np.ndarray, wobble: 
 
 
 def paint_crypt(rng: Generator, stains: np.ndarray, crypt: np.ndarray, slide: Slide, wobble: np.ndarray) -> None:
-    """One normal crypt: thin sheath, basal cytoplasm, cells with or without mucin, a small lumen."""
+    """Add one normal crypt: thin sheath, basal cytoplasm, cells with or without mucin, a small lumen."""
     size, (cy, cx, radius, stretch, _) = stains.shape[1], crypt
     reach = radius * stretch**0.5 + 8
     top, left, bottom, right = np.clip([cy - reach, cx - reach, cy + reach, cx + reach], 0, size).astype(int)
@@ -362,7 +362,7 @@ def paint_crypt(rng: Generator, stains: np.ndarray, crypt: np.ndarray, slide: Sl
 
 
 def paint_gaps(rng: Generator, stains: np.ndarray, layout: Layout, *noise: np.ndarray) -> None:
-    """What the microtome and the shrinking leave blank: clefts between fibres and beside glands, pinholes in them."""
+    """Remove stain where cutting and shrinking leave gaps: clefts between fibres and at glands, pinholes in glands."""
     streaks, broad, wobble = noise
     cleft = ramp(streaks - 2.5, 0.7) * ramp(broad + 0.3, 0.6) * ramp(-layout.gland - 3, 3)
     cleft = np.maximum(cleft, np.exp(-((layout.gland + 3 + wobble) / 2.2) ** 2) * ramp(broad - 0.6, 0.5))
@@ -380,7 +380,7 @@ def paint_gaps(rng: Generator, stains: np.ndarray, layout: Layout, *noise: np.nd
 
 
 def paint_blood(rng: Generator, stains: np.ndarray, layout: Layout, where: np.ndarray, wobble: np.ndarray) -> None:
-    """Red cells in small pools of the stroma, where the noise map `where` is high."""
+    """Add red cells in small pools of the stroma, where the noise map `where` is high."""
     points = lattice(rng, len(where), 8.5, 0.15)
     points = points[(look_up(where, points) > 1.9) & (look_up(layout.gland, points) < -5)
                     & (look_up(layout.tissue, points) > 5) & outside_crypts(points, layout.crypts, 5)]
@@ -396,12 +396,11 @@ def paint_blood(rng: Generator, stains: np.ndarray, layout: Layout, where: np.nd
 
 
 def fibre_map(rng: Generator, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Position across the fibres in px, and a streaky texture with mean 0 and deviation about 1."""
+    """Return the position across the fibres in px, and a streaky texture with mean 0 and deviation about 1."""
     size, angle = len(layout.tissue), rng.uniform(0, np.pi)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     across = y * np.cos(angle) - x * np.sin(angle) + 26 * cloud(rng, size, 140) + 5 * cloud(rng, size, 45)
-    # adding the distance to the glands bends the fibres around them
-    across += 0.9 * np.clip(-layout.gland, 0, 60)
+    across += 0.9 * np.clip(-layout.gland, 0, 60)  # bends the fibres around the glands
     along = x * np.cos(angle) + y * np.sin(angle) + 20 * cloud(rng, size, 120)
     grid = rng.standard_normal((256, 256), np.float32)
     streaks = sum(ndimage.map_coordinates(grid, [across / wide, along / long], order=1, mode="grid-wrap")
@@ -410,7 +409,7 @@ def fibre_map(rng: Generator, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paint(rng: Generator, slide: Slide, layout: Layout, size: int) -> np.ndarray:
-    """(3, size, size): how much haematoxylin, eosin and blood the tile holds."""
+    """Return how much haematoxylin, eosin and blood each pixel contains: (3, size, size)."""
     stains = np.zeros((3, size, size), np.float32)
     if layout.tissue.max() < -5:
         return stains
@@ -441,7 +440,7 @@ def paint(rng: Generator, slide: Slide, layout: Layout, size: int) -> np.ndarray
 
 
 def develop(rng: Generator, slide: Slide, stains: np.ndarray) -> np.ndarray:
-    """(size, size, 3) uint8: light through the stains (Beer-Lambert), then the optics and the sensor."""
+    """Return the image (size, size, 3) uint8: light through the stains (Beer-Lambert), then optics and sensor."""
     size = stains.shape[1]
     light = slide.light * (1 + 0.006 * cloud(rng, size, size / 2))[..., None]
     image = light * np.exp(-np.tensordot(stains, slide.stains, (0, 0)) * 1.55)
@@ -452,12 +451,12 @@ def develop(rng: Generator, slide: Slide, stains: np.ndarray) -> np.ndarray:
 
 
 def spoil(rng: Generator, defect: str, layout: Layout, size: int) -> tuple[np.ndarray, dict]:
-    """The mask that is written, (size, size), and what was done to it: dx, dy in px, angle in degrees."""
+    """Return the mask to write (size, size), and what was done to it: dx, dy in px, angle in degrees."""
     clean = layout.field[MARGIN : MARGIN + size, MARGIN : MARGIN + size]
     if defect == "shifted":
         angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(45, 135)
         dx, dy = round(length * np.cos(angle)), round(length * np.sin(angle))
-        # of a shift and its opposite, the one that lays more tissue on glass: it is what a filter can see
+        # of a shift and its opposite, the filter can see better the one that lays more tissue on glass
         shifts = [(layout.field[MARGIN - b :, MARGIN - a :][:size, :size], {"dx": a, "dy": b})
                   for a, b in ((dx, dy), (-dx, -dy))]
         return max(shifts, key=lambda shift: np.sum((shift[0] > 0) & (clean == 0)))
@@ -478,7 +477,7 @@ def spoil(rng: Generator, defect: str, layout: Layout, size: int) -> tuple[np.nd
     return clean, {}
 
 
-def make_tile(seed: int, slide: int, number: int, size: int) -> Tile:
+def make_tile(seed: int, slide: int, number: int, size: int) -> DemoTile:
     """Draw one tile; the same arguments give the same bytes."""
     look, plan = make_slide(seed, slide), make_plan(seed, slide, number)
     layout = lay_out(stream(seed, slide, number, LAYOUT), look, plan, size)
@@ -488,27 +487,27 @@ def make_tile(seed: int, slide: int, number: int, size: int) -> Tile:
     written, change = spoil(stream(seed, slide, number, SPOIL), plan.defect, layout, size)
     row = {"key": f"s{slide:02d}-{number:04d}", "slide": f"s{slide:02d}", "defect": plan.defect, **change,
            "foreground": f"{np.mean(clean > 0):.6f}", "wrong": f"{np.mean(written != clean):.6f}"}
-    return Tile(image, written, clean, row)
+    return DemoTile(image, written, clean, row)
 
 
 def write_tile(out: Path, seed: int, size: int, place: tuple[int, int]) -> tuple[dict, np.ndarray]:
-    """Write image, mask and clean mask of the tile (slide, number); its row of truth.csv and its clean shares (3,)."""
+    """Write the tile (slide, number). Returns its row of truth.csv and the shares (3,) of its clean mask."""
     tile = make_tile(seed, *place, size)
     key = tile.row["key"]
-    for name, pixels in ((f"frames/frame#{key}.png", tile.image), (f"masks/mask#{key}.png", GREYS[tile.written]),
-                         (f"truth/mask#{key}.png", GREYS[tile.clean])):
+    for name, pixels in ((f"frames/frame#{key}.png", tile.image), (f"masks/mask#{key}.png", MASK_VALUES[tile.written]),
+                         (f"truth/mask#{key}.png", MASK_VALUES[tile.clean])):
         Image.fromarray(pixels).save(out / name, compress_level=3)
     return tile.row, np.bincount(tile.clean.ravel(), minlength=3) / size**2
 
 
-def write_tiles(out: Path, tiles: int, slides: int, size: int, seed: int) -> list[tuple[dict, np.ndarray]]:
-    """Write all tiles into the existing folder `out`; returns what `write_tile` returns, in order of the keys."""
+def write_data_set(out: Path, tiles: int, slides: int, size: int, seed: int) -> list[tuple[dict, np.ndarray]]:
+    """Write all tiles into the existing folder `out`. Returns what `write_tile` returns, in the order of the keys."""
     for name in ("frames", "masks", "truth"):
         (out / name).mkdir()
     jobs = sorted((index % slides, index // slides) for index in range(tiles))
     written = []
-    with worker_map(min(cores(), tiles)) as over, Progress("draw", total=tiles, unit="tile") as progress:
-        for row_and_shares in over(partial(write_tile, out, seed, size), jobs):
+    with worker_map(min(cores(), tiles)) as parallel_map, Progress("draw", total=tiles, unit="tile") as progress:
+        for row_and_shares in parallel_map(partial(write_tile, out, seed, size), jobs):
             written.append(row_and_shares)
             progress.advance()
     with (out / "truth.csv").open("w", newline="", encoding="utf-8") as file:
@@ -519,11 +518,11 @@ def write_tiles(out: Path, tiles: int, slides: int, size: int, seed: int) -> lis
 
 
 def report(out: Path, written: list[tuple[dict, np.ndarray]]) -> str:
-    """What was written, as text."""
+    """Return what was written, as text."""
     counts = Counter(row["defect"] for row, _ in written)
     shares = np.mean([share for _, share in written], 0)
     return "\n\n".join([
-        f"{len(written)} tiles in {out}: frames/, masks/; the clean masks in truth/, the planted defects in truth.csv",
+        f"{len(written)} tiles in {out}: frames/ and masks/, clean masks in truth/, planted defects in truth.csv",
         table(["defect", "tiles"], [[name, str(counts[name])] for name in ("none", *DEFECTS)]),
         table(["class", "share of the clean masks"], [[n, f"{v:.3f}"] for n, v in zip(CLASSES, shares, strict=True)]),
         "next: " + command("python", "data_filter.py", "--config", "configs/demo.yaml",
@@ -532,12 +531,12 @@ def report(out: Path, written: list[tuple[dict, np.ndarray]]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Read and check the command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("out", type=Path, help="folder to write, data/demo say")
+    parser.add_argument("out", type=Path, help="the folder to write, e.g. data/demo")
     limits = {"tiles": (1, 99_999), "slides": (1, 99), "size": (128, 1024), "seed": (0, 2**31)}
     for (name, (low, high)), default in zip(limits.items(), (240, 12, 500, 0), strict=True):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{low} to {high}; default {default}")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{low} to {high} (default: {default})")
     args = parser.parse_args(arguments)
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
@@ -548,16 +547,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the tiles beside OUT and move them there at the end: an interrupted run leaves nothing half-written."""
+    """Write the tiles beside OUT and move them there at the end, so that an interrupted run leaves nothing."""
     args = parse(arguments)
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise UserError(f"{args.out} exists and is not an empty folder: remove it or choose another")
+        raise UserError(f"{args.out} exists and is not an empty folder; remove it or choose another")
     target = args.out.resolve()
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     with writing(args.out):
         partial.mkdir(parents=True)
         try:
-            written = write_tiles(partial, args.tiles, args.slides, args.size, args.seed)
+            written = write_data_set(partial, args.tiles, args.slides, args.size, args.seed)
             partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,18 +1,18 @@
-"""EBHI-Seg, as it is published, to the layout of this repository.
+"""Convert the published EBHI-Seg data set into tiles for this repository.
 
     python -m tools.prepare_ebhi SOURCE data/ebhi
     python data_filter.py --config configs/ebhi.yaml
 
 SOURCE holds CLASS/image/NAME.png and CLASS/label/NAME.png: 224 x 224 haematoxylin-eosin stained biopsies of the
 colorectum with grey, antialiased labels of the glands (L. Shi et al., Frontiers in Medicine 2023,
-doi 10.3389/fmed.2023.1114673). Written are OUT/frames/frame#KEY.png and OUT/masks/mask#KEY.png with three classes:
+doi 10.3389/fmed.2023.1114673). The tool writes OUT/frames/frame#KEY.png and OUT/masks/mask#KEY.png with three classes:
 
     background   not gland (label <= 127)
     tissue       non-malignant gland: Normal, Polyp, Serrated adenoma, Low-grade IN
     tumour       malignant gland: Adenocarcinoma, High-grade IN
 
-KEY is PATIENT-REST_CLASS, in capitals where NAME has letters, since the published names mix cases and 74 patients occur
-in more than one class: split by patient (data.group), never by tile.
+KEY is PATIENT-REST_CLASS, with NAME in capitals because the published names mix cases. 74 patients occur in more than
+one class, so split by patient (data.group), never by tile.
 """
 
 import shutil
@@ -26,42 +26,43 @@ from common.console import Progress, UserError, argument_parser, command, run, t
 from common.files import writing
 from common.pictures import open_picture, read_image
 
-GLAND = {"Adenocarcinoma": 2, "High-grade IN": 2, "Low-grade IN": 1, "Normal": 1, "Polyp": 1, "Serrated adenoma": 1}
-GLAND_ABOVE = 127  # grey of the label; its edges are antialiased
+CLASS_OF_GLAND = {"Adenocarcinoma": 2, "High-grade IN": 2, "Low-grade IN": 1, "Normal": 1, "Polyp": 1,
+                  "Serrated adenoma": 1}
+GLAND_ABOVE = 127  # value of a label, whose edges are antialiased
 
 
 def find_sources(source: Path) -> list[tuple[str, Path, Path]]:
-    """(class, image, label) of every pair, sorted; a file without its partner is an error."""
+    """Return (class, image, label) of every pair, sorted; a file without its partner is an error."""
     pairs = []
-    for name in GLAND:
-        images, labels = (
-            {path.stem: path for path in sorted((source / name / kind).glob("*.png"))} for kind in ("image", "label"))
-        lone = sorted(images.keys() ^ labels.keys())
-        if lone:
-            raise UserError(f"{source / name}: '{lone[0]}' has no {'label' if lone[0] in images else 'image'} "
-                            f"({len(lone)} files without a partner); restore or remove them")
+    for name in CLASS_OF_GLAND:
+        images, labels = ({path.stem: path for path in sorted((source / name / folder).glob("*.png"))}
+                          for folder in ("image", "label"))
+        alone = sorted(images.keys() ^ labels.keys())
+        if alone:
+            raise UserError(f"{source / name}: '{alone[0]}' has no {'label' if alone[0] in images else 'image'} "
+                            f"({len(alone)} files without a partner); restore or remove them")
         pairs += [(name, images[stem], labels[stem]) for stem in images]
     if not pairs:
         raise UserError(f"{source}: no EBHI-Seg images found; expected {source}/CLASS/image/NAME.png with CLASS one of "
-                        f"{', '.join(GLAND)}")
+                        f"{', '.join(CLASS_OF_GLAND)}")
     return pairs
 
 
 def key_of(name: str, path: Path) -> str:
-    """PATIENT-REST_CLASS, e.g. GT2001838-1-400-002_high-grade-in."""
+    """Return PATIENT-REST_CLASS, e.g. GT2001838-1-400-002_high-grade-in."""
     return f"{path.stem.upper()}_{name.lower().replace(' ', '-')}"
 
 
 def read_label(path: Path, gland: int) -> np.ndarray:
-    """(H, W) uint8 class indices from a grey label of one or three channels."""
+    """Return (H, W) uint8 class indices from a grey label of one or three channels."""
     picture = open_picture(path)
     if picture.mode not in ("L", "RGB"):
         raise UserError(f"{path}: a label must be 8-bit grey or RGB, this one has mode {picture.mode}")
     return np.where(np.asarray(picture.convert("L")) > GLAND_ABOVE, gland, 0).astype(np.uint8)
 
 
-def write_tiles(pairs: list[tuple[str, Path, Path]], out: Path) -> np.ndarray:
-    """Write all pairs into the new folder `out`, which appears whole; returns the pixels of each class (3,)."""
+def convert_pairs(pairs: list[tuple[str, Path, Path]], out: Path) -> np.ndarray:
+    """Write all pairs into the new folder `out`, which appears whole. Returns the pixels of each class (3,)."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     layout, pixels = Data(), np.zeros(3, np.int64)
@@ -69,9 +70,10 @@ def write_tiles(pairs: list[tuple[str, Path, Path]], out: Path) -> np.ndarray:
         (partial / pattern).parent.mkdir(parents=True)
     with Progress("prepare", len(pairs), "tile") as progress:
         for name, image_path, label_path in pairs:
-            image, mask, key = read_image(image_path), read_label(label_path, GLAND[name]), key_of(name, image_path)
+            image, mask = read_image(image_path), read_label(label_path, CLASS_OF_GLAND[name])
             if image.shape[:2] != mask.shape:
-                raise UserError(f"{label_path}: the label is {mask.shape}, its image {image.shape[:2]} pixels")
+                raise UserError(f"{label_path}: the label has {mask.shape} pixels, its image {image.shape[:2]}")
+            key = key_of(name, image_path)
             Image.fromarray(image).save(partial / layout.images.replace("{key}", key))
             values = np.array(layout.mask_values, np.uint8)[mask]
             Image.fromarray(values).save(partial / layout.masks.replace("{key}", key))
@@ -83,14 +85,14 @@ def write_tiles(pairs: list[tuple[str, Path, Path]], out: Path) -> np.ndarray:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="the folder that holds Adenocarcinoma/, Normal/ …")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the folder with Adenocarcinoma/, Normal/ …")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write, e.g. data/ebhi")
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} exists; remove it or choose another folder")
     pairs = find_sources(args.source)
     with writing(args.out):
-        pixels = write_tiles(pairs, args.out)
+        pixels = convert_pairs(pairs, args.out)
     patients = len({key_of(name, path).partition("-")[0] for name, path, _ in pairs})
     print(table(["tiles", "patients", *Data().classes],
                 [[str(len(pairs)), str(patients), *(f"{share:.1%}" for share in pixels / pixels.sum())]]))

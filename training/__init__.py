@@ -1,1 +1,1 @@
-"""What train.py uses: what a run leaves on disk, snapshots of weights and Adam state."""
+"""Everything that train.py needs: tiles, crops and batches, the learner, epochs, checkpoints and the run folder."""

@@ -1,4 +1,4 @@
-"""One epoch: train and validate the k models, keep the survivor (report, section 5.1.2)."""
+"""One epoch: train and validate k models and keep the survivor (report, section 5.1.2)."""
 
 import math
 
@@ -13,49 +13,49 @@ from training.learner import Learner
 from training.training_set import TrainingSet
 
 
-def pass_over(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int, training: bool,
-              progress: Progress) -> float:
-    """One pass over `crops`, with weight updates if `training`; the mean loss over its images."""
+def run_pass(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int, training: bool,
+             progress: Progress) -> float:
+    """Make one pass over `crops`, with weight updates if `training`. Return the mean loss over its images."""
     learner.model.train(training)
     total, seen = torch.zeros((), device=learner.device), 0
-    shown = torch.zeros((), pin_memory=learner.device.type == "cuda")  # the mean so far, read without waiting for a GPU
+    mean_so_far = torch.zeros((), pin_memory=learner.device.type == "cuda")  # pinned: read without waiting for the GPU
     with torch.set_grad_enabled(training):
-        for batch in batches_on(learner.device, crops, data.store, batch_size):       # (B, size, size, 4) uint8
+        for batch in batches_on(learner.device, crops, data.store, batch_size):      # (B, size, size, 4) uint8
             images = normalise(batch[..., :3], data.statistics)                      # (B, 3, size, size)
-            loss = learner.loss(images, batch[..., 3].long())
+            loss = learner.batch_loss(images, batch[..., 3].long())
             if training:
                 loss.backward()
                 learner.optimizer.step()
                 learner.optimizer.zero_grad()
             total += loss.detach() * len(batch)
             seen += len(batch)
-            shown.copy_(total / seen, non_blocking=True)
-            progress.advance(len(batch), note=f"loss {shown:.4f}")
+            mean_so_far.copy_(total / seen, non_blocking=True)
+            progress.advance(len(batch), note=f"loss {mean_so_far:.4f}")
     return total.item() / seen
 
 
 def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -> dict:
-    """Train and validate the k models of an epoch; keep the survivor, return its and all folds' losses."""
+    """Train and validate the k models of an epoch. Leave the survivor in `learner`, and return all losses."""
     plan, keys = config.train, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
-    folds = [data.rows[fold] for fold in
-             draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch)]
-    start, best, survivor, kept, val_losses = learner.snapshot(), math.inf, None, None, []
+    dealt = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch)
+    folds = [data.rows[fold] for fold in dealt]
+    start, survivor, survivor_state, lowest, val_losses = learner.take_snapshot(), None, None, math.inf, []
     with Progress("", plan.folds * plan.images_per_epoch, "image") as progress:
         for fold in range(plan.folds):
             progress.title = f"epoch {epoch}/{plan.epochs} fold {fold + 1}/{plan.folds}"
-            learner.restore(start)
+            learner.restore_snapshot(start)
             torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
-            train_loss = pass_over(learner, data, training_crops(folds, fold, *keys), plan.batch_size, True, progress)
-            val_loss = pass_over(learner, data, validation_crops(folds, fold, *keys), plan.batch_size, False, progress)
+            train_loss = run_pass(learner, data, training_crops(folds, fold, *keys), plan.batch_size, True, progress)
+            val_loss = run_pass(learner, data, validation_crops(folds, fold, *keys), plan.batch_size, False, progress)
             val_losses.append(val_loss)
-            if val_loss < best:  # false for NaN, which argmin would keep
-                best = val_loss
+            if val_loss < lowest:  # false for NaN, which argmin would choose
+                lowest = val_loss
                 survivor = {"survivor": fold, "train_loss": train_loss, "val_loss": val_loss}
-                kept = learner.snapshot(into=kept)
+                survivor_state = learner.take_snapshot(into=survivor_state)
     if survivor is None:
-        raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}); what earlier epochs "
+        raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}). What earlier epochs "
                         "wrote is kept. Start a new run with a lower optim.lr, or with train.precision=float32")
-    learner.restore(kept)
+    learner.restore_snapshot(survivor_state)
     return survivor | {f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}
 
 

@@ -1,4 +1,4 @@
-"""Loss curves of a run (figures 6 and 8 of the report)."""
+"""Draw the loss curves of a run (figures 6 and 8 of the report)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,7 +9,7 @@ from common.palette import FOLD, TRAIN, VALIDATION
 
 
 def losses(history: Sequence[dict], folds: int, title: str) -> Figure:
-    """Figures 6 and 8: train and validation loss, raw and EMA, and each fold's validation loss as a faint dot."""
+    """Draw training and validation loss of each epoch, raw and as EMA; dots are the validation losses of all folds."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()

@@ -1,5 +1,6 @@
-"""The network with its optimizer, scheduler and loss: what training changes, and how it computes."""
+"""The learner: the network with its optimizer, its scheduler and its loss, on a device."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from common.config import Config
+from common.config import Config, Optim
 from common.console import UserError
-from common.devices import autocast, choose_device, choose_precision, compile_by_shape, memory_format
+from common.devices import autocast, choose_device, choose_precision, compile_for_training, memory_format
 from common.randomness import torch_seed
 from dataset import Statistics
 from losses import make_loss
 from training import checkpoints
-from training.snapshots import Snapshot, copy_state, snapshot_of
+from training.snapshots import State, copy_state
 from unet import UNet
 
 
@@ -23,60 +24,71 @@ class Learner:
     """What training changes, and how it computes."""
 
     model: UNet
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Adam
     scheduler: ReduceLROnPlateau
-    loss: Callable[[Tensor, Tensor], Tensor]  # of the network's answer to images (B, 3, H, W), given targets (B, H, W)
+    batch_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) and target (B, H, W) to the prediction's loss
     device: torch.device
     precision: torch.dtype
 
     @property
-    def state(self) -> Snapshot:
-        """Weights and Adam state: the tensors themselves, which training changes."""
+    def state(self) -> State:
+        """Weights and Adam state: the tensors that training changes, not copies."""
         return self.model.state_dict(), self.optimizer.state_dict()
 
-    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
-        """A copy of weights and Adam state, in the place of an earlier one where there is one."""
-        return snapshot_of(self.state, into)
+    def take_snapshot(self, into: State | None = None) -> State:
+        """Return a copy of weights and Adam state; `into` is an earlier snapshot that is overwritten and returned."""
+        if into is None:
+            return copy.deepcopy(self.state)
+        copy_state(self.state, into)
+        return into
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore_snapshot(self, snapshot: State) -> None:
         copy_state(snapshot, self.state)
+
+    def restore_checkpoint(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Set weights, Adam state and scheduler to those of a checkpoint, so that training continues from there."""
+        checkpoints.load_weights(self.model, checkpoint)
+        groups = [saved | {"fused": ours["fused"]} for saved, ours in  # fused depends on the device, which may differ
+                  zip(checkpoint.optimizer["param_groups"], self.optimizer.param_groups, strict=True)]
+        self.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
+        self.scheduler.load_state_dict(checkpoint.scheduler)
 
 
 def build_learner(config: Config, statistics: Statistics) -> Learner:
-    """The network with its first weights, Adam, scheduler and loss of a config."""
+    """Build the network with its first weights, Adam, the scheduler and the loss of a config."""
     device = choose_device(config.device)
+    precision = choose_precision(config.train.precision, device)
     torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
     model = checkpoints.build_model(config).to(device, memory_format=memory_format(device))
-    optim = config.optim
+    optimizer = build_optimizer(model, config.optim, device)
+    scheduler = ReduceLROnPlateau(  # a relative threshold would count it as progress if a negative loss worsens
+        optimizer, factor=config.optim.factor, patience=config.optim.patience, min_lr=config.optim.min_lr,
+        threshold_mode="abs")
+    batch_loss = build_batch_loss(model, config, statistics, device, precision)
+    return Learner(model, optimizer, scheduler, batch_loss, device, precision)
+
+
+def build_optimizer(model: UNet, optim: Optim, device: torch.device) -> torch.optim.Adam:
+    """Build Adam with the state that its first step would create, so that every snapshot is complete."""
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=fused)
-    for weight in model.parameters():  # what its first step would make; from the start, so that there is all to copy
+    for weight in model.parameters():
         optimizer.state[weight] = {"step": torch.zeros((), device=device if fused else None),
                                    "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-    # a relative threshold takes the worsening of a negative loss for progress, and the Dice losses are negative
-    scheduler = ReduceLROnPlateau(optimizer, factor=optim.factor, patience=optim.patience, min_lr=optim.min_lr,
-                                  threshold_mode="abs")
+    return optimizer
+
+
+def build_batch_loss(model: UNet, config: Config, statistics: Statistics, device: torch.device,
+                     precision: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build the function that predicts a batch and returns the prediction's loss, compiled if train.compile is set."""
     try:
         loss = make_loss(config.loss.name, torch.tensor(statistics.frequencies, device=device))
     except ValueError as error:
-        raise UserError(f"loss.name=wce: {error} (classes {', '.join(config.data.classes)})") from None
-    precision = choose_precision(config.train.precision, device)
+        raise UserError(f"loss.name={config.loss.name}: {error} (classes {', '.join(config.data.classes)})") from None
 
-    def loss_of_answer(images: Tensor, target: Tensor) -> Tensor:
+    def batch_loss(images: Tensor, target: Tensor) -> Tensor:
         with autocast(device, precision):
             logits = model(images)                                                   # (B, K, H, W)
         return loss(logits, target)
 
-    if config.train.compile:
-        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs: one launch for all of a pass
-        loss_of_answer = compile_by_shape(loss_of_answer, mode=mode)
-    return Learner(model, optimizer, scheduler, loss_of_answer, device, precision)
-
-
-def restore_checkpoint(learner: Learner, checkpoint: checkpoints.Checkpoint) -> None:
-    """Put the checkpoint's state into a new learner; how Adam computes belongs to the device, not to the state."""
-    checkpoints.load_weights(learner.model, checkpoint)
-    groups = [saved | {"fused": here["fused"]} for saved, here in
-              zip(checkpoint.optimizer["param_groups"], learner.optimizer.param_groups, strict=True)]
-    learner.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
-    learner.scheduler.load_state_dict(checkpoint.scheduler)
+    return compile_for_training(batch_loss, device) if config.train.compile else batch_loss

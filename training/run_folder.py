@@ -1,13 +1,12 @@
-"""The folder of a run.
+"""Create, lock and read the folder of a run. Its files appear whole or not at all, even if a process is killed:
 
-    runs/NAME/config.yaml            the whole resolved config
-              environment.json       an entry for each start: command, commit, versions, device, sha256 of tiles.csv
+    runs/NAME/config.yaml            every setting of the run
+              environment.json       for each start: command, commit, versions, device, sha256 of tiles.csv
               metrics.csv            a row for each epoch
-              checkpoints/last.pt    after every epoch; `train.py --resume` continues it
-              checkpoints/best.pt    minimum of the survivor's validation loss; `evaluate.py` takes it
-              figures/losses.png
-
-Files appear whole or not at all, whenever the process is killed.
+              checkpoints/last.pt    written after every epoch; `train.py --resume` continues from it
+              checkpoints/best.pt    the lowest validation loss of a survivor; `evaluate.py` uses it
+              figures/losses.png     the loss curves
+              .lock                  held by the process that trains the run
 """
 
 import csv
@@ -23,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,108 +35,96 @@ NEEDED_METRICS = {"epoch", "survivor", "seconds", "train_loss", "train_ema", "va
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "matplotlib", "pyyaml", "tqdm")
 
 
-def folder_of(config: Config) -> Path:
-    return Path("runs") / config.name
-
-
 def reject_existing(folder: Path) -> None:
-    """Runs are never overwritten."""
+    """Raise a `UserError` if the folder exists: a run is never overwritten."""
     if folder.exists():
         raise UserError(f"{folder} exists and is not overwritten: continue it with `python train.py --resume {folder}`"
                         ", choose another name with name=NAME, or remove the folder")
 
 
 def create_run(folder: Path, config: Config) -> None:
-    """Make the run's folder; it appears at once with its config, so that it can be resumed from the first instant."""
+    """Create the folder of a run together with its config.yaml, so that the run can be resumed at any time."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with writing(folder):
         try:
             for name in ("checkpoints", "figures"):
                 (partial / name).mkdir(parents=True)
             write_text(partial / "config.yaml", to_yaml(config))
-            reject_existing(folder)  # another process may have been faster
+            reject_existing(folder)  # another process may have created it in the meantime
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def clear_if_empty(folder: Path) -> bool:
-    """Empty the folder of a run that failed before its first checkpoint; `locked_run` then removes it.
+@contextmanager
+def locked_run(folder: Path) -> Iterator[None]:
+    """Lock a run, and clean up after killed processes. A folder that is empty in the end is removed with its lock."""
+    _reject_missing(folder)
+    try:
+        with locked(folder / LOCK, folder, f"{folder} is being trained by another process"):
+            _reject_missing(folder)  # again: another process may have removed it before the lock
+            for part in (folder, folder / "checkpoints", folder / "figures"):
+                remove_leftovers(part)
+            yield
+    finally:
+        with suppress(OSError):  # the folder is gone, or another process has locked it
+            if {path.name for path in folder.iterdir()} <= {LOCK}:
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
 
-    Returns whether it did.
-    """
+
+def _reject_missing(folder: Path) -> None:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no such run (it has no config.yaml)")
+
+
+def clear_if_untrained(folder: Path) -> bool:
+    """Empty the folder of a run that has no checkpoint; `locked_run` then removes it. Return whether it had none."""
     if any((folder / "checkpoints").glob("*.pt")):
         return False
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != LOCK:  # open in this process, and Windows removes no open file
+        elif path.name != LOCK:  # which is open in this process, and Windows cannot remove open files
             path.unlink()
     return True
 
 
 def record_start(folder: Path, config: Config, device: torch.device, precision: torch.dtype) -> None:
-    """Write the config, and add an entry to environment.json: a run may be resumed elsewhere."""
+    """Write config.yaml, and add to environment.json what results depend on besides: a run may be resumed elsewhere."""
     write_text(folder / "config.yaml", to_yaml(config))
     path = folder / "environment.json"
     try:
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); fix or remove it") from None
-    write_text(path, json.dumps([*starts, environment(config, device, precision)], indent=2) + "\n")
-
-
-@contextmanager
-def locked_run(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process. If it is empty in the end it goes, so that its name is free again."""
-    def reject_missing() -> None:
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"{folder}: no such run (it has no config.yaml)")
-
-    reject_missing()
-    try:
-        with locked(folder / LOCK, folder, f"{folder} is being trained by another process"):
-            reject_missing()  # now for certain
-            for part in (folder, folder / "checkpoints", folder / "figures"):
-                remove_leftovers(part)
-            yield
-    finally:
-        with suppress(OSError):  # gone already, or another process has it
-            if {path.name for path in folder.iterdir()} <= {LOCK}:
-                (folder / LOCK).unlink(missing_ok=True)
-                folder.rmdir()
-
-
-def environment(config: Config, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """What a result depends on beside its config."""
-    is_cuda = device.type == "cuda"
-    return {
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    start = {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"{device.type} ({platform.machine()})",
+        "device": hardware,
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in PACKAGES},
         "tiles_sha256": hashlib.sha256((Path(config.data.root) / TILE_LIST).read_bytes()).hexdigest(),
     }
+    write_text(path, json.dumps([*starts, start], indent=2) + "\n")
 
 
 def _commit() -> str | None:
-    """The commit of this code, with a + where files differ from it; None outside a git checkout."""
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.csv as numbers; none where there is no such file."""
+    """Read the rows of a run's metrics.csv as numbers; return no rows if there is no such file."""
     path = folder / "metrics.csv"
     if not path.is_file():
         return []

@@ -1,37 +1,24 @@
-"""Copies of weights and Adam state in memory, from which every fold of an epoch starts and of which one survives.
+"""Copies in memory of weights and Adam state: every fold of an epoch starts from one, and the survivor is one.
 
-State dicts are live views of the tensors that training changes. A snapshot has their shape and tensors of its own,
-which can be filled again in place; no tensor of model or optimizer ever moves.
+The state dicts of model and optimizer hold the very tensors that training changes. A snapshot has the same structure
+with tensors of its own. Copying back changes values in place, and no tensor of model or optimizer moves.
 """
-
-import copy
 
 import torch
 from torch import Tensor
 
-Snapshot = tuple[dict, dict]  # the state dicts of model and optimizer
+State = tuple[dict, dict]  # the state dicts of model and optimizer
 
 
-def tensors_of(state: Snapshot) -> list[Tensor]:
-    """In one order, that of the dicts."""
+def tensors_of(state: State) -> list[Tensor]:
+    """All tensors of a state, in the order of its dicts."""
     model, optimizer = state
     return [*model.values(), *(value for moments in optimizer["state"].values() for value in moments.values())]
 
 
-def snapshot_of(state: Snapshot, into: Snapshot | None = None) -> Snapshot:
-    """A copy, in the place of an earlier one where there is one."""
-    if into is None:
-        return copy.deepcopy(state)
-    copy_state(state, into)
-    return into
-
-
-def copy_state(source: Snapshot, target: Snapshot) -> None:
-    """Copy every tensor in place, all of one dtype at once."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for value, place in zip(*map(tensors_of, (source, target)), strict=True):
-        values, places = by_dtype.setdefault(value.dtype, ([], []))
-        values.append(value)
-        places.append(place)
-    for values, places in by_dtype.values():
+def copy_state(source: State, target: State) -> None:
+    """Copy every tensor of a state in place, with one operation for each dtype."""
+    pairs = list(zip(tensors_of(source), tensors_of(target), strict=True))
+    for dtype in {value.dtype for value, _ in pairs}:
+        values, places = zip(*[(value, place) for value, place in pairs if value.dtype == dtype], strict=True)
         torch._foreach_copy_(places, values)

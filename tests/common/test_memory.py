@@ -1,4 +1,4 @@
-"""common/memory.py: what is kept, and what is said where there is too little. See also test_train.py."""
+"""common/memory.py: freed memory is kept. tests/test_train.py tests what is said when there is too little."""
 
 import platform
 import subprocess
@@ -21,7 +21,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept where the C library is glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept only if the C library is glibc")
 @pytest.mark.parametrize("gib", [0.01, 0.1, 2.2])
 def test_memory_that_is_kept_costs_no_page_faults(gib):
     def faults(how):

@@ -1,4 +1,4 @@
-"""evaluation/inference.py: mirrored, windowed, symmetric."""
+"""evaluation/inference.py: mirrored borders, windows, flips and turns, and the fast forms of a network."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def test_500_becomes_512_with_6_pixels_on_either_side():
 
 
 def model_of(*widths, dropout=0):
-    """A network in float64 and evaluation mode, whose batch norm has seen and learned something."""
+    """A network in float64 and evaluation mode; its batch norms have statistics and weights."""
     torch.manual_seed(0)
     model = UNet(widths, dropout).double().train()
     for layer in model.modules():
@@ -46,7 +46,7 @@ def images_of(height, width, count=1):
 
 
 @pytest.mark.parametrize("size", [(50, 38), (32, 48), (5, 3), (1, 1)])
-def test_logits_of_any_size_are_those_of_the_padded_image_cropped_back(size):
+def test_an_image_is_mirrored_and_its_logits_are_cropped_back(size):
     model, images = model_of(4, 8, 16), images_of(*size, count=2)
     margins = [-n % 4 for n in size]
     pads = [(m // 2, m - m // 2) for m in margins]
@@ -55,9 +55,9 @@ def test_logits_of_any_size_are_those_of_the_padded_image_cropped_back(size):
     assert torch.equal(Predictor.of(model, normalise, flips=False).logits(images), expected)
 
 
-@pytest.mark.parametrize("flips", [False, True])
-@pytest.mark.parametrize("size", [(150, 200), (97, 333), (48, 161), (500, 31)])
-def test_windows_answer_what_the_whole_image_does(size, flips):
+@pytest.mark.parametrize(("size", "flips"), [((150, 200), False), ((97, 333), False), ((500, 31), False),
+                                             ((48, 161), True), ((161, 40), True)])
+def test_windows_have_the_logits_of_the_whole_image(size, flips):
     whole = Predictor.of(model_of(4, 4, 8), normalise, flips)
     windowed = Predictor(whole.network, whole.multiple, whole.margin, window=96)
     images = images_of(*size)
@@ -66,8 +66,8 @@ def test_windows_answer_what_the_whole_image_does(size, flips):
     assert (windowed.labels(images[0]) == whole.logits(images)[0].argmax(0).numpy()).all()
 
 
-def test_a_smaller_margin_would_not_do():
-    """So the equality above is no accident of a network that looks at little."""
+def test_windows_with_a_smaller_margin_have_other_logits():
+    """So the equality above does not come from a network with a small receptive field."""
     whole = Predictor.of(model_of(4, 4, 8), normalise, flips=False)
     assert whole.margin == 24 and reach(3) == 23
     narrow = Predictor(whole.network, whole.multiple, margin=8, window=96)
@@ -75,27 +75,27 @@ def test_a_smaller_margin_would_not_do():
     assert not torch.allclose(narrow.logits(images), whole.logits(images), rtol=0, atol=1e-9)
 
 
-def test_a_network_that_sees_further_than_the_window_is_wide():
+def test_a_receptive_field_larger_than_the_window():
     whole = Predictor.of(model_of(*[2] * 6), normalise, flips=False)
     windowed = Predictor(whole.network, whole.multiple, whole.margin, window=64)
     images = images_of(64, 700)
     assert whole.margin == 224 and torch.allclose(windowed.logits(images), whole.logits(images), rtol=0, atol=1e-9)
 
 
-def test_symmetric_answers_turn_with_the_image():
+def test_predictions_with_flips_turn_with_the_image():
     predictor = Predictor.of(model_of(4, 8, 8), normalise, flips=True)
     plain = Predictor.of(model_of(4, 8, 8), normalise, flips=False)
     images = images_of(48, 64)
-    answer = torch.softmax(predictor.logits(images), 1)
-    assert torch.allclose(answer.sum(1), torch.ones(1, 48, 64).double())
+    probs = torch.softmax(predictor.logits(images), 1)
+    assert torch.allclose(probs.sum(1), torch.ones(1, 48, 64).double())
     for turned, back in ((images.flip(1), lambda x: x.flip(2)), (images.flip(2), lambda x: x.flip(3)),
                          (images.rot90(1, (1, 2)), lambda x: x.rot90(-1, (2, 3)))):
-        assert torch.allclose(back(torch.softmax(predictor.logits(turned), 1)), answer)
+        assert torch.allclose(back(torch.softmax(predictor.logits(turned), 1)), probs)
         assert not torch.allclose(back(torch.softmax(plain.logits(turned), 1)),
                                   torch.softmax(plain.logits(images), 1), atol=1e-3)
 
 
-def test_symmetries_are_the_mean_of_eight_different_views():
+def test_the_symmetries_are_eight_different_views():
     views = []
 
     def network(images):
@@ -105,20 +105,20 @@ def test_symmetries_are_the_mean_of_eight_different_views():
     images = images_of(4, 4)
     expected = torch.log_softmax(network(images), 1)
     views.clear()
-    assert torch.allclose(with_symmetries(network)(images), expected)  # a network without neighbours does not care
+    assert torch.allclose(with_symmetries(network)(images), expected)  # this network looks at one pixel
     assert len({tuple(view.flatten().tolist()) for view in views}) == 8
 
 
-def test_certain_networks_stay_finite_where_it_counts():
+def test_probabilities_of_0_are_averaged_without_nan():
     network = with_symmetries(lambda images: torch.tensor([0.0, 500.0])[:, None, None].expand(1, 2, *images.shape[1:3]))
-    answer = network(images_of(4, 4))
-    assert torch.softmax(answer, 1)[0, 1].eq(1).all() and not answer.isnan().any()
+    logits = network(images_of(4, 4))
+    assert torch.softmax(logits, 1)[0, 1].eq(1).all() and not logits.isnan().any()
 
 
 # ---------------------------------------------------------------------------------------------- fast forms
 
 @pytest.mark.parametrize("dropout", [0, 0.5])
-def test_folding_changes_nothing_but_rounding(dropout):
+def test_folding_changes_only_rounding(dropout):
     model = model_of(4, 8, 16, dropout=dropout)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fast, images = folded(model), torch.randn(2, 3, 32, 24, dtype=torch.double)
@@ -127,7 +127,7 @@ def test_folding_changes_nothing_but_rounding(dropout):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_bfloat16_answers_in_float32_and_nearly_the_same():
+def test_bfloat16_returns_almost_the_same_logits_in_float32():
     torch.manual_seed(0)
     model = UNet((8, 16), dropout=0).train()
     model(torch.randn(4, 3, 64, 64))
@@ -138,7 +138,7 @@ def test_bfloat16_answers_in_float32_and_nearly_the_same():
 
 
 def coloured_maps(count, seed):
-    """Images (count, 3, 64, 64) whose classes (count, 64, 64) have the colours of glass, tissue and tumour, nearly."""
+    """Images (count, 3, 64, 64) with noise, in which each of the classes (count, 64, 64) has a colour."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.nn.functional.interpolate(torch.randn(count, 3, 9, 9, generator=generator), size=64,
                                              mode="bicubic").argmax(1)
@@ -146,7 +146,7 @@ def coloured_maps(count, seed):
     return (colours[target] + 0.05 * torch.randn(count, 64, 64, 3, generator=generator)).movedim(-1, 1), target
 
 
-def test_a_trained_network_says_the_same_in_bfloat16():
+def test_a_trained_network_predicts_the_same_in_bfloat16():
     torch.manual_seed(0)
     model = UNet((8, 16, 32), dropout=0.1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -161,16 +161,16 @@ def test_a_trained_network_says_the_same_in_bfloat16():
     assert (exact == target).float().mean() > 0.95
     assert (exact == fast).float().mean() >= 0.999
     for k in range(3):
-        dice = [2 * ((answer == k) & (target == k)).sum() / ((answer == k).sum() + (target == k).sum())
-                for answer in (exact, fast)]
+        dice = [2 * ((predicted == k) & (target == k)).sum() / ((predicted == k).sum() + (target == k).sum())
+                for predicted in (exact, fast)]
         assert abs(dice[0] - dice[1]) < 1e-3
 
 
-def test_the_first_shape_is_compiled_and_others_are_computed_as_before(monkeypatch):
+def test_only_the_first_shape_is_compiled(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda network, **options: lambda x: seen.append(x.shape) or network(x) + 1)
-    answer = compiled(lambda x: 2 * x)
-    assert [answer(torch.ones(n)).sum().item() for n in (4, 2, 4)] == [12, 4, 12]
+    network = compiled(lambda x: 2 * x)
+    assert [network(torch.ones(n)).sum().item() for n in (4, 2, 4)] == [12, 4, 12]
     assert seen == [torch.Size([4])] * 2
 
 
@@ -182,20 +182,20 @@ def test_turned_images_are_compiled_once(monkeypatch):
     assert len(seen) == 1
 
 
-def test_without_a_compiler_all_is_computed_as_before(monkeypatch, capsys):
+def test_without_a_compiler_there_is_a_warning_and_the_same_result(monkeypatch, capsys):
     def no_compiler(network, **options):
         def fast(x):
             raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand so on")
         return fast
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    answer = compiled(lambda x: 2 * x)
-    assert [answer(torch.ones(n)).sum().item() for n in (4, 2, 4)] == [8, 4, 8]
+    network = compiled(lambda x: 2 * x)
+    assert [network(torch.ones(n)).sum().item() for n in (4, 2, 4)] == [8, 4, 8]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "compilation failed" in said and said.endswith("no C++ compiler\n")
 
 
-def test_what_is_compiled_answers_the_same(capsys):
+def test_a_compiled_network_returns_almost_the_same_logits(capsys):
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)

@@ -1,7 +1,6 @@
-"""evaluation/page.py: report.html in a real browser."""
+"""evaluation/page.py: the tables and thumbnails of report.html, and the page in a browser (skipped without one)."""
 
 import base64
-import csv
 import io
 import json
 import shutil
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, write_pairs
+from helpers import TINY, read_rows, write_pairs
 from PIL import Image
 
 import evaluate
@@ -33,7 +32,7 @@ CLASSES = ["value", "</script><i>tissue", "tumour"]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The folder of a comparison of two runs, with names that are no good in HTML."""
+    """The folder of a comparison of two runs, with names that are markup in HTML."""
     root = tmp_path_factory.mktemp("page")
     write_pairs(root / "tiles", 12, slides=6)
     for folder, start in (("frames", "frame#"), ("masks", "mask#")):
@@ -47,7 +46,7 @@ def page(tmp_path_factory):
         patch.chdir(root)
         train.start(config)
         train.start(replace(config, name="two", seed=1))
-        for name in ("one", "two"):  # tumour bias, so that the two differ and invent it
+        for name in ("one", "two"):  # so that the runs differ and falsely predict tumour
             path = root / f"runs/{name}/checkpoints/best.pt"
             contents = torch.load(path, weights_only=True)
             contents["model"]["head.bias"] += torch.tensor([0.3, 0, 0.3]) if name == "two" else 0
@@ -77,22 +76,17 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, page):
-    """The page, opened from disk at the size of a laptop; afterwards nothing may have gone wrong or left it."""
+    """The page, opened from disk in the size of a laptop; it must log no error and request nothing."""
     browser.set_window_size(1400, 900)
     browser.get_log("performance")
     browser.get((page / "report.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
     messages = [json.loads(candidate["message"])["message"] for candidate in browser.get_log("performance")]
-    asked = {message["params"]["request"]["url"] for message in messages
-             if message["method"] == "Network.requestWillBeSent"}
-    assert any(url.startswith("file:") for url in asked)
-    assert all(url == (page / "report.html").as_uri() or url.startswith("data:") for url in asked)
-
-
-def rows_of(page):
-    with (page / "tiles.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    requested = {message["params"]["request"]["url"] for message in messages
+                 if message["method"] == "Network.requestWillBeSent"}
+    assert any(url.startswith("file:") for url in requested)
+    assert all(url == (page / "report.html").as_uri() or url.startswith("data:") for url in requested)
 
 
 def keys_shown(browser):
@@ -114,7 +108,7 @@ def choose(browser, selector, value):
 
 
 def layer(browser, key, stack="#cards"):
-    """The picture that lies over a tile's image, (H, W, 4) uint8."""
+    """The picture drawn over a tile's image, (H, W, 4) uint8."""
     address = browser.execute_script(
         "const card = [...document.querySelectorAll('#cards .card')].find(card => card.dataset.key === arguments[0]);"
         "return card.querySelector('.layer').src", key)
@@ -124,7 +118,7 @@ def layer(browser, key, stack="#cards"):
 @pytest.mark.parametrize("column", ["pixel_accuracy", "soft_dice", "ece", "dice_mean", "dice_tumour", "hd95_tumour",
                                     "recall_value", "surface_dice_mean"])
 def test_sorting_by_any_score_of_either_model(opened, page, column):
-    rows = rows_of(page)
+    rows = read_rows(page / "tiles.csv")
     for candidate in ("one", "two"):
         choose(opened, "#entry", str(["one", "two"].index(candidate)))
         choose(opened, "#sort", column)
@@ -141,12 +135,12 @@ def test_sorting_by_any_score_of_either_model(opened, page, column):
 
 
 def test_some_tiles_have_no_tumour_score(page):
-    """So the order above had something to put last."""
-    assert any(row["dice_tumour"] == "" for row in rows_of(page))
+    """So the test above sorts tiles without a score."""
+    assert any(row["dice_tumour"] == "" for row in read_rows(page / "tiles.csv"))
 
 
 @pytest.mark.parametrize("how", ["key", "click"])
-def test_views_show_what_they_say(opened, page, how):
+def test_each_view_shows_its_picture(opened, page, how):
     root = page.parent / "tiles"
     tile = next(tile for tile in read_tiles(root) if tile.key == keys_shown(opened)[3])
     mask_values, colours = np.array([26, 51, 77]), palette.class_colours(3)
@@ -224,7 +218,7 @@ def test_finding_by_key_or_group(opened):
     assert find(opened, "#cards").get_attribute("data-view") == "prediction"
 
 
-def test_names_are_text_whatever_they_hold(opened):
+def test_names_are_shown_as_text(opened):
     key = f"s5-11{HOSTILE}"
     assert key in keys_shown(opened)
     assert key in [element.text for element in opened.find_elements("css selector", ".card .key")]
@@ -295,8 +289,23 @@ def test_pictures_and_tables_are_there(opened, page):
                 assert f"{count:,} px" in text
 
 
+def test_the_class_table():
+    def number(value, low=None, high=None):
+        return {"value": value, "low": low, "high": high}
+
+    by_class = {"value": number(0.5, 0.25, 0.75), "b": number(None), "mean": number(1)}
+    counts = {name: {"value": 3, "b": 0} for name in report_page.TILE_COUNTS}
+    candidate = {"scores": {"pixel_accuracy": number(0.5), "tile_hd95": by_class},
+                 "difference_to_first": {"tile_hd95": by_class}, **counts}
+    rows = report_page.class_table(candidate, ["value", "b"])
+    assert rows[0] == ("accuracy", ["", "", "0.500"], [])
+    assert rows[1] == ("HD95, px, mean over tiles", ["0.5 (0.2 to 0.8)", "–", "1.0"],
+                       ["+0.5 (+0.2 to +0.8)", "–", "+1.0"])
+    assert [row[1:] for row in rows[2:]] == [(["3", "0", ""], [])] * 3
+
+
 def evaluation_of(count, size, candidates=1):
-    """Incompressible tiles and predictions."""
+    """Tiles of noise, which cannot be compressed."""
     random = np.random.default_rng(0)
     tiles = [Tile(str(i), f"{i}.png", f"{i}.png", split="test") for i in range(count)]
     store = random.integers(0, 256, (count, size, size, 4)).astype(np.uint8)
@@ -309,7 +318,7 @@ def evaluation_of(count, size, candidates=1):
 
 @pytest.mark.parametrize(("count", "candidates", "part"), [(500, 1, 4), (700, 4, 2)])
 def test_500_tiles_take_at_most_20_mb(monkeypatch, count, candidates, part):
-    """Noise cannot be compressed; the tiles are small, so it is a part of the 20 MB."""
+    """The tiles are small, so the limit is a part of the 20 MB."""
     evaluation = evaluation_of(count, 128, candidates)
     monkeypatch.setattr(Evaluation, "predicted", lambda self, candidate, i: np.roll(self.tile(i)[1], 1 + candidate, 0))
     monkeypatch.setattr(report_page, "MOST_BYTES", report_page.MOST_BYTES // part)

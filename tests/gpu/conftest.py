@@ -1,7 +1,7 @@
-"""Fixtures of the GPU tests, and the table of what they measured, which pytest prints at its end.
+"""Fixtures of the GPU tests, and the table of what they measured, which pytest prints at the end.
 
-    CRC_GPU_JSON=FILE     write the table there, too, after every number: an interrupted session keeps what it has
-    CRC_GPU_TESTS_ON=cpu  compute on the CPU, in small: to work on these tests where there is no GPU
+    CRC_GPU_JSON=FILE     also write the table to FILE after every number, so that an interrupted session keeps it
+    CRC_GPU_TESTS_ON=cpu  compute small cases on the CPU, to work on these tests without a GPU
 """
 
 import json
@@ -30,19 +30,19 @@ ROWS = pytest.StashKey[list]()
 
 
 def available(name: str) -> torch.device:
-    """The device, or a skip that says why not."""
+    """Return the device, or skip the test with the reason."""
     if ON_CPU:
         if name != "cuda":
-            pytest.skip(f"CRC_GPU_TESTS_ON=cpu: the CPU stands for cuda, not for {name}")
+            pytest.skip(f"CRC_GPU_TESTS_ON=cpu: the CPU replaces cuda, not {name}")
         name = "cpu"
     elif name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here: torch.cuda.is_available() is false")
     elif name == "mps" and not torch.backends.mps.is_available():
         pytest.skip("no Apple GPU here: torch.backends.mps.is_available() is false")
     if "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.skip("GPU tests share one GPU and measure it, so they run one after the other: make test-gpu")
+        pytest.skip("GPU tests measure one GPU, so they must run one after the other: make test-gpu")
     device = torch.device(name)
-    choose_precision("float32", device)  # float32 without TF32, as every script has it
+    choose_precision("float32", device)  # float32 without TF32, as in every script
     return device
 
 
@@ -74,37 +74,30 @@ def coloured_tiles(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def configured(coloured_tiles) -> Callable[..., Config]:
-    """A config of a small network on the coloured tiles, for a device, with changes."""
+    """Make the config of a small network on the coloured tiles, for a device and with changed settings."""
     def config(device: torch.device, *changes: str) -> Config:
         return apply_overrides(Config(name="tiny"), [*TINY, f"data.root={coloured_tiles}", f"device={device}",
                                                      *changes])
     return config
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty current folder: runs are written to runs/ below it."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-# ---------------------------------------------------------------------------------------------- what was measured
+# ---------------------------------------------------------------------------------------------- measured numbers
 
 class Record:
-    """Puts numbers into the table, and fails where one breaks its bound."""
+    """Adds numbers to the table, and fails the test if one breaks its bound."""
 
     def __init__(self, rows: list[dict], test: str):
         self.rows, self.test = rows, test
 
     def __call__(self, name: str, value: float | str, *, at_most: float | None = None, at_least: float | None = None,
                  expected: str = "", unit: str = "") -> None:
-        """`expected` is a bound that does not fail."""
+        """`expected` is a bound that is only shown in the table."""
         bounds = {"at most": at_most, "at least": at_least}
         bound = expected or ", ".join(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)
         self.rows.append({"test": self.test, "name": name, "value": value, "unit": unit, "bound": bound})
         if FILE:
             write_rows(self.rows, {})
-        holds = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)  # NaN does not
+        holds = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)  # false for NaN
         if not holds:
             pytest.fail(f"{name}: {value:.6g} {unit}, expected {bound}", pytrace=False)
 
@@ -116,7 +109,7 @@ def record(request) -> Record:
 
 @cache
 def environment() -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     facts = {"device": f"the CPU of this machine ({platform.machine()})", "torch": torch.__version__,
              "CUDA": str(torch.version.cuda), "driver": "unknown", "Python": platform.python_version(),
              "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
@@ -124,9 +117,9 @@ def environment() -> dict[str, str]:
         facts |= {"device": torch.cuda.get_device_name(), "cuDNN": str(torch.backends.cudnn.version()),
                   "memory": f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.1f} GiB"}
         if shutil.which("nvidia-smi"):
-            answer = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            result = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
                                     capture_output=True, text=True)
-            facts["driver"] = (answer.stdout.strip().splitlines() or ["unknown"])[0]
+            facts["driver"] = (result.stdout.strip().splitlines() or ["unknown"])[0]
     elif torch.backends.mps.is_available() and not ON_CPU:
         facts["device"] = f"mps ({platform.machine()})"
     return facts
@@ -154,7 +147,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
 
 
 def write_rows(rows: list[dict], outcomes: dict[str, int]) -> None:
-    """The numbers so far; `outcomes` are counts of tests, once they are known."""
+    """Write the numbers so far; `outcomes` are counts of tests, once they are known."""
     finite = [row | {"value": None if isinstance(row["value"], float) and not math.isfinite(row["value"])
                      else row["value"]} for row in rows]
     facts = {"environment": environment(), "outcomes": outcomes, "measured": finite}

@@ -1,10 +1,11 @@
-"""Small learnable tiles, and steps of training, for the GPU tests."""
+"""Helpers of the GPU tests: small learnable tiles, training steps, and comparisons of tensors."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from helpers import GREYS, checkpoint_contents
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,16 +18,15 @@ from training.crops import Crops
 from training.learner import Learner, build_learner
 from unet import UNet
 
-GREYS = np.array([26, 51, 77], np.uint8)
 COLOURS = np.array([[225, 215, 225], [190, 110, 170], [110, 60, 130]])
 TINY = ["data.crop=64", "model.widths=[8,16,32]", "model.dropout=0.2", "optim.lr=0.002", "train.epochs=3",
         "train.folds=2", "train.images_per_epoch=48", "train.batch_size=8", "train.precision=float32"]
 
 
 def write_coloured_tiles(root: Path, count: int = 48, size: tuple[int, int] = (96, 80), slides: int = 12) -> None:
-    """Tiles with a colour for each class, and noise; five slides of twelve are for testing.
+    """Write tiles with one colour for each class, and noise; five of twelve slides are in the test split.
 
-    A network learns them within a few epochs, so that what it says is certain enough to be compared.
+    A network learns them within a few epochs. Then its predictions are certain enough to be compared.
     """
     random, tiles = np.random.default_rng(0), []
     for folder in ("frames", "masks"):
@@ -43,17 +43,17 @@ def write_coloured_tiles(root: Path, count: int = 48, size: tuple[int, int] = (9
     write_tiles(root / TILE_LIST, tiles)
 
 
-KINK = 1e-5  # rounding in float32 moves activations, which are about 1, by about a tenth of this
+KINK = 1e-5  # about ten times what float32 rounding adds to activations, which are about 1
 
 
 def learner_of(config: Config) -> tuple[Learner, training_set.TrainingSet]:
-    """The learner of a config, with its first weights, and what it learns from."""
+    """Return the learner of a config, with its first weights, and its training set."""
     data = training_set.prepare_data(config)
     return build_learner(config, data.statistics), data
 
 
 def exact_learner(config: Config) -> tuple[Learner, training_set.TrainingSet]:
-    """The same in float64, channels first, with the plain Adam: nothing in it is for speed. The config is the CPU's."""
+    """The same in float64, channels first and with plain Adam, without any optimisation. The config is for the CPU."""
     learner, data = learner_of(config)
     learner.model.double().to(memory_format=torch.contiguous_format)
     optim = config.optim
@@ -62,7 +62,7 @@ def exact_learner(config: Config) -> tuple[Learner, training_set.TrainingSet]:
 
 
 def random_crops(rows: np.ndarray, tile_size: tuple[int, int], size: int, count: int, seed: int = 0) -> Crops:
-    """Random windows of these rows, randomly flipped."""
+    """Draw random windows of these rows of the store, randomly flipped."""
     random = np.random.default_rng(seed)
     top, left = (random.integers(0, length - size + 1, count) for length in tile_size)
     flips = random.random((2, count)) < 0.5
@@ -74,14 +74,14 @@ def crops_for(data: training_set.TrainingSet, config: Config, batches: int, seed
 
 
 def loss_of(learner: Learner, data: training_set.TrainingSet, batch: Tensor) -> Tensor:
-    """The loss of a batch (B, size, size, 4) uint8, in the precision of the weights."""
+    """Return the loss of a batch (B, size, size, 4) uint8, in the precision of the weights."""
     weight = next(learner.model.parameters())
     images = normalise(batch[..., :3], data.statistics).to(weight.dtype)
-    return learner.loss(images if weight.dtype == torch.float32 else images.contiguous(), batch[..., 3].long())
+    return learner.batch_loss(images if weight.dtype == torch.float32 else images.contiguous(), batch[..., 3].long())
 
 
 def step_losses(learner: Learner, data: training_set.TrainingSet, config: Config, batches: int) -> list[float]:
-    """The loss of each step, where `pass_over` has only their mean."""
+    """Return the loss of each step; `run_pass` returns only the mean."""
     losses = []
     for batch in batches_on(learner.device, crops_for(data, config, batches), data.store, config.train.batch_size):
         loss = loss_of(learner, data, batch)
@@ -92,18 +92,18 @@ def step_losses(learner: Learner, data: training_set.TrainingSet, config: Config
     return losses
 
 
-def pass_over(learner: Learner, data: training_set.TrainingSet, config: Config, batches: int, training: bool = True,
+def run_pass(learner: Learner, data: training_set.TrainingSet, config: Config, batches: int, training: bool = True,
               seed: int = 0) -> float:
-    """Random crops by the loop of train.py; the mean loss."""
+    """Make a pass over random crops with the loop of train.py, and return the mean loss."""
     with Progress("", 1) as progress:
         crops = crops_for(data, config, batches, seed)
-        return epochs.pass_over(learner, data, crops, config.train.batch_size, training, progress)
+        return epochs.run_pass(learner, data, crops, config.train.batch_size, training, progress)
 
 
 def distance_to_kinks(model: UNet, images: Tensor) -> float:
-    """How near the network comes to a point where rounding decides on a gradient.
+    """Return how close the network comes to a point where rounding decides on a gradient.
 
-    Those are the zeros of LeakyReLU, and poolings whose two largest pixels are equal.
+    Such points are the zeros of LeakyReLU, and pooling windows whose two largest pixels are equal.
     """
     nearest = []
 
@@ -111,7 +111,7 @@ def distance_to_kinks(model: UNet, images: Tensor) -> float:
         nearest.append(inputs[0].abs().min().item())
 
     def at_pool(_, inputs: tuple[Tensor]) -> None:
-        before = torch.where(inputs[0] < 0, inputs[0] / 0.01, inputs[0])             # LeakyReLU taken back
+        before = torch.where(inputs[0] < 0, inputs[0] / 0.01, inputs[0])             # before LeakyReLU
         windows = nn.functional.unfold(before.flatten(0, 1)[:, None], 2, stride=2)   # (B C, 4, windows)
         first, second = windows.topk(2, dim=1).values.unbind(1)
         nearest.append((first - second).min().item())
@@ -126,21 +126,21 @@ def distance_to_kinks(model: UNet, images: Tensor) -> float:
 
 
 def without_gradient(model: UNet) -> set[str]:
-    """The biases that the next batch norm subtracts again: their gradients are zero but for rounding.
+    """The biases that the next batch norm subtracts again. Their gradients are zero except for rounding.
 
-    Adam divides by the size of the gradient and so makes whole steps of that rounding.
+    Adam divides by the size of the gradient, so it makes whole steps from this rounding.
     """
     return {f"{name}.bias" for name, layer in model.named_modules()
             if isinstance(layer, nn.Conv2d) and name.startswith(("encoder", "decoder"))}
 
 
 def strides_that_matter(tensor: Tensor) -> list[int]:
-    """Strides of the dimensions that have more than one place; those of the others mean nothing."""
+    """Strides of the dimensions of more than one element; the others have no meaning."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def largest_difference(ours: object, theirs: object) -> float:
-    """Of two trees of tensors and numbers: 0 where they are equal in every bit, infinity where they do not compare."""
+    """Compare two trees of tensors and numbers: 0 if all bits are equal, infinity if they cannot be compared."""
     if isinstance(ours, Tensor):
         if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
             return float("inf")
@@ -148,7 +148,7 @@ def largest_difference(ours: object, theirs: object) -> float:
         if torch.equal(ours, theirs):
             return 0.0
         difference = (ours.double() - theirs.double()).abs().max().item()
-        return difference if difference > 0 else float("inf")  # NaN compares with nothing
+        return difference if difference > 0 else float("inf")  # NaN
     if isinstance(ours, dict):
         if ours.keys() != theirs.keys():
             return float("inf")
@@ -163,10 +163,7 @@ def largest_difference(ours: object, theirs: object) -> float:
 
 
 def contents(checkpoint: Path) -> dict:
-    """All that a checkpoint holds, but for measured times and memory, and the run's name."""
-    found = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    for row in found["history"]:
-        for measured in ("seconds", "images_per_second", "peak_memory_mb"):
-            del row[measured]
+    """All that a checkpoint holds, except measured times and memory and the run's name."""
+    found = checkpoint_contents(checkpoint.parent.parent, checkpoint.stem)
     del found["config"]["name"]
     return found

@@ -1,4 +1,4 @@
-"""What the GPU computes equals what the CPU does: convolutions, gradients, Adam, receptive fields, metrics."""
+"""The GPU computes what the CPU computes: convolutions, gradients, Adam, receptive fields and metrics."""
 
 import numpy as np
 import pytest
@@ -40,30 +40,30 @@ CONVOLUTIONS = {"3x3": lambda: nn.Conv2d(64, 64, 3, padding=1),
 
 
 def convolution_errors(layer: nn.Module, device: torch.device) -> dict[str, float]:
-    """Of the answer and of both gradients, against float64 on the CPU."""
+    """The errors of the output and of both gradients, against float64 on the CPU."""
     images, results = torch.randn(2, 64, 32, 32), []
     for place, dtype in ((CPU, torch.float64), (device, torch.float32)):
         layer = layer.to(place, dtype, memory_format=memory_format(place))
         layer.zero_grad()
         inputs = images.to(place, dtype, memory_format=memory_format(place)).requires_grad_()
-        answer = layer(inputs)
-        answer.square().mean().backward()
-        results.append({"answer": answer, "gradient of the input": inputs.grad,
+        output = layer(inputs)
+        output.square().mean().backward()
+        results.append({"output": output, "gradient of the input": inputs.grad,
                         "gradient of the weights": layer.weight.grad.clone()})
     exact, ours = results
     return {name: relative_error(ours[name], exact[name]) for name in exact}
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_float32_convolutions_equal_float64_to_1e5(any_gpu, kind, record):
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_float32_convolutions_equal_float64_to_1e5(any_gpu, name, record):
     choose_precision("float32", any_gpu)
     torch.manual_seed(0)
-    for name, error in convolution_errors(CONVOLUTIONS[kind](), any_gpu).items():
-        record(f"{any_gpu.type} {kind} convolution, {name}: error against float64", error, at_most=1e-5)
+    for quantity, error in convolution_errors(CONVOLUTIONS[name](), any_gpu).items():
+        record(f"{any_gpu.type} {name} convolution, {quantity}: error against float64", error, at_most=1e-5)
 
 
-def test_tf32_would_not_pass_for_float32(cuda_only, record, monkeypatch):
-    """So the bound above is narrow enough to see it."""
+def test_tf32_would_break_the_bound_of_float32(cuda_only, record, monkeypatch):
+    """So the bound above is tight enough to notice TF32."""
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU has no TF32")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
@@ -75,14 +75,14 @@ def test_tf32_would_not_pass_for_float32(cuda_only, record, monkeypatch):
 # ---------------------------------------------------------------------------------------------- a step
 
 def gradients_of_a_step(config, learner, data, seed: int) -> dict[str, torch.Tensor]:
-    """Of all parameters, after a batch."""
+    """The gradients of all parameters after one batch."""
     batch = next(batches_on(learner.device, crops_for(data, config, 1, seed), data.store, config.train.batch_size))
     loss_of(learner, data, batch).backward()
     return {name: weight.grad.cpu().double() for name, weight in learner.model.named_parameters()}
 
 
 def batch_far_from_kinks(config, learner, data) -> int:
-    """The seed of a batch whose gradients no rounding error decides on."""
+    """The seed of a batch whose gradients do not depend on rounding."""
     for seed in range(100):
         batch = next(numpy_batches(crops_for(data, config, 1, seed), data.store, config.train.batch_size))
         images = normalise(torch.from_numpy(batch[..., :3]), data.statistics).double()
@@ -94,7 +94,7 @@ def batch_far_from_kinks(config, learner, data) -> int:
 def gradient_errors(configured, device: torch.device, *changes: str) -> dict[str, float]:
     """The error of every parameter's gradient against float64 on the CPU, in units of its layer's largest gradient.
 
-    A bias alone is no measure: most of its gradient, or all but rounding, is what the next batch norm takes away again.
+    The gradient of a bias alone is no measure: the next batch norm removes most or all of it, except for rounding.
     """
     changes = ("model.dropout=0", "data.crop=32", "train.batch_size=2", *changes)
     exact_config, config = configured(CPU, *changes), configured(device, *changes)
@@ -127,8 +127,8 @@ def test_the_loss_of_20_steps_falls_and_follows_that_of_the_cpu(any_gpu, configu
            float(np.abs(ours - exact).max() / (exact[0] - exact[-1])), at_most=0.01)
 
 
-def test_weights_gradients_and_adam_state_lie_alike_and_fused_adam_equals_the_plain_one(device, configured, record):
-    """Fused Adam goes over the memory of all four as it lies."""
+def test_gradients_and_adam_state_have_the_strides_of_weights_and_fused_adam_equals_plain(device, configured, record):
+    """Fused Adam reads the memory of all four in the same order."""
     config = configured(device, "optim.lr=0.0005", "optim.weight_decay=0.00003")
     learner, data = learner_of(config)
     assert learner.optimizer.param_groups[0]["fused"]
@@ -155,7 +155,7 @@ def test_weights_gradients_and_adam_state_lie_alike_and_fused_adam_equals_the_pl
            at_most=0.005)
 
 
-# ---------------------------------------------------------------------------------------------- what it sees
+# ---------------------------------------------------------------------------------------------- receptive fields
 
 @pytest.mark.parametrize("by_path", [True, False])
 def test_receptive_fields_equal_those_of_the_cpu_to_1e4(any_gpu, by_path, record):
@@ -163,7 +163,7 @@ def test_receptive_fields_equal_those_of_the_cpu_to_1e4(any_gpu, by_path, record
     model = UNet((4, 8, 16), dropout=0).train()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None  # what it has seen is what it will be given
+            layer.momentum = None  # the statistics of what it has seen
     with torch.no_grad():
         model(torch.randn(4, 3, 64, 64))
     model.double().eval().requires_grad_(False)
@@ -188,7 +188,7 @@ def test_receptive_fields_equal_those_of_the_cpu_to_1e4(any_gpu, by_path, record
 # ---------------------------------------------------------------------------------------------- metrics
 
 def test_confusion_and_calibration_equal_those_of_the_cpu_exactly(any_gpu, monkeypatch):
-    """The softmax is left out, since it rounds as the device likes; sums are as large as those of a batch of tiles."""
+    """Without the softmax, whose rounding depends on the device. The sums are as large as those of a batch of tiles."""
     generator = torch.Generator().manual_seed(0)
     target, prediction = torch.randint(0, 3, (2, 4, 512, 512), generator=generator)
     assert torch.equal(metrics.confusion(prediction.to(any_gpu), target.to(any_gpu), 3).cpu(),
@@ -202,7 +202,7 @@ def test_confusion_and_calibration_equal_those_of_the_cpu_exactly(any_gpu, monke
     assert torch.equal(exact[:, 2].sum(1), (prediction == target).sum((1, 2)).double())
 
 
-def test_calibration_of_logits_is_that_of_the_cpu_but_for_the_rounding_of_softmax(any_gpu, record):
+def test_calibration_of_logits_equals_that_of_the_cpu_except_for_the_rounding_of_softmax(any_gpu, record):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, 3, 256, 256, generator=generator)
     target = torch.randint(0, 3, (4, 256, 256), generator=generator)

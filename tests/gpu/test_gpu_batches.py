@@ -1,4 +1,4 @@
-"""Batches on the GPU are those that NumPy cuts: from a store there, from a huge one, and by page-locked memory."""
+"""Batches on the GPU equal those that NumPy cuts: from a store on the GPU, from a huge one, and by pinned memory."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from gpu_helpers import random_crops
 from helpers import numpy_batches
 
-from training.batches import batches_on, copied_to, store_on
+from training.batches import batches_on, copy_store, store_on
 from training.crops import Crops
 
 pytestmark = pytest.mark.gpu
@@ -23,25 +23,25 @@ def assert_batches_equal(ours, expected, device: torch.device) -> None:
         assert torch.equal(batch.cpu(), torch.from_numpy(other))
 
 
-@pytest.mark.parametrize("way", ["store on the device", "page-locked memory"])
-def test_random_flipped_crops_are_those_that_numpy_cuts(device, way):
+@pytest.mark.parametrize("source", ["store on the device", "pinned memory"])
+def test_random_flipped_crops_equal_those_that_numpy_cuts(device, source):
     store = random_store(20, 70, 90)
     crops = random_crops(np.arange(20), (70, 90), 48, count=103)
     assert {*zip(crops.flip_vertical.tolist(), crops.flip_horizontal.tolist(), strict=True)} == {
         (False, False), (False, True), (True, False), (True, True)}
-    source = copied_to(device, store) if way == "store on the device" else store
-    assert_batches_equal(batches_on(device, crops, source, 8), numpy_batches(crops, store, 8), device)
+    place = copy_store(device, store) if source == "store on the device" else store
+    assert_batches_equal(batches_on(device, crops, place, 8), numpy_batches(crops, store, 8), device)
 
 
-def test_a_small_store_goes_to_the_gpu_as_it_is(cuda_only):
+def test_a_small_store_is_copied_to_the_gpu_unchanged(cuda_only):
     store = random_store(70, 20, 20)
     there = store_on(cuda_only, store)
     assert isinstance(there, torch.Tensor) and there.is_cuda
     assert np.array_equal(there.cpu().numpy(), store)
 
 
-def test_crops_of_a_store_of_9_gb_are_those_that_numpy_cuts(device, record):
-    """Its last tiles lie beyond 2^31 pixels; others lie where bytes pass 2^31 and 2^32."""
+def test_crops_of_a_store_of_9_gb_equal_those_that_numpy_cuts(device, record):
+    """Its last tiles lie beyond 2^31 pixels, others beyond 2^31 and 2^32 bytes."""
     tiles, side, size = (9000, 500, 256) if device.type == "cuda" else (40, 50, 32)
     bytes_needed = tiles * side * side * 4
     if device.type == "cuda":
@@ -57,7 +57,7 @@ def test_crops_of_a_store_of_9_gb_are_those_that_numpy_cuts(device, record):
     for row, tile in zip(filled, known, strict=True):
         store[row] = torch.from_numpy(tile).to(device)
     here = random_crops(np.arange(len(filled)), (side, side), size, count=4 * len(filled))
-    corner = [np.append(values, [0, side - size]) for values in (here.top, here.left)]  # up to the very last pixel
+    corner = [np.append(values, [0, side - size]) for values in (here.top, here.left)]  # up to the last pixel
     here = Crops(np.append(here.rows, [len(filled) - 1] * 2), *corner, np.append(here.flip_vertical, [False, True]),
                  np.append(here.flip_horizontal, [False, True]), size)
     there = Crops(np.array(filled)[here.rows], here.top, here.left, here.flip_vertical, here.flip_horizontal, size)
@@ -70,12 +70,12 @@ MARKED, SIDE = 10_000, 32
 
 @pytest.fixture
 def marked() -> np.ndarray:
-    """A store of tiles whose every pixel is the tile's number."""
+    """A store in which every pixel of a tile is the tile's number."""
     return np.repeat(np.arange(MARKED, dtype=np.uint32), SIDE * SIDE).view(np.uint8).reshape(MARKED, SIDE, SIDE, 4)
 
 
 def arrived(batches, count: int, device: torch.device) -> torch.Tensor:
-    """(2, count) least and greatest number in each batch, read by the GPU while it has other work to finish first."""
+    """The smallest and largest number in each batch (2, count), read by a GPU that has other work to finish first."""
     found = torch.full((2, count), -1, dtype=torch.int32, device=device)
     work = torch.ones(1024, 1024, device=device) if device.type == "cuda" else None
     for i, batch in enumerate(batches):
@@ -94,12 +94,12 @@ def test_each_of_10000_batches_arrives_with_its_own_pixels(device, marked, recor
     crops = Crops(of_four, zero, zero, upright, upright, SIDE)
     found = arrived(batches_on(device, crops, marked, 4), MARKED, device)
     expected = torch.from_numpy(rows.astype(np.int32)).expand(2, -1)
-    record("page-locked batches that arrived with other pixels, of 10,000", int((found != expected).any(0).sum()),
+    record("pinned batches that arrived with other pixels, of 10,000", int((found != expected).any(0).sum()),
            at_most=0)
 
 
-def test_a_page_locked_batch_that_is_filled_again_too_early_would_be_seen(cuda_only, marked, record):
-    """One buffer for all batches, filled again without waiting for its copy: what torch's allocator must prevent."""
+def test_a_pinned_batch_that_is_filled_again_too_early_would_be_noticed(cuda_only, marked, record):
+    """One buffer for all batches is filled again without waiting for its copy. torch's allocator must prevent this."""
     def batches():
         buffer = torch.empty((4, SIDE, SIDE, 4), dtype=torch.uint8, pin_memory=True)
         for number in range(200):

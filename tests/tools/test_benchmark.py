@@ -1,4 +1,4 @@
-"""tools/benchmark: that both sides do the same work, that counts are right, that rows arrive. No speed is tested."""
+"""tools/benchmark: both sides do the same work, FLOP and bytes are right, rows are written. Speed is not tested."""
 
 import json
 import platform
@@ -18,7 +18,7 @@ from evaluation.inference import Predictor
 from filtering.pipeline import filter_tiles
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import plain, roofline
-from tools.benchmark.__main__ import QUICK, benchmarks, describe, weighed
+from tools.benchmark.__main__ import QUICK, benchmarks, table_row, with_roofline
 from tools.benchmark.filtering import multiply, original_pass
 from tools.benchmark.network import (
     STATISTICS,
@@ -54,7 +54,7 @@ def setting(tiles):
 
 # ---------------------------------------------------------------------------------------------- the same work
 
-def test_the_plain_way_keeps_the_tiles_that_ours_keeps(tiles, tmp_path):
+def test_the_plain_way_keeps_the_same_tiles_as_ours(tiles, tmp_path):
     config = multiply(tiles / "data/demo", tmp_path / "tiles", 24)
     result = filter_tiles(config)
     (tmp_path / "npz").mkdir()
@@ -64,7 +64,7 @@ def test_the_plain_way_keeps_the_tiles_that_ours_keeps(tiles, tmp_path):
     assert {tile.split for tile in result.tiles} > {"sparse", "misregistered"}
 
 
-def test_the_plain_way_predicts_what_ours_predicts():
+def test_the_plain_way_predicts_the_same_as_ours():
     model, images = trained_network(), random_store(2, 50)[..., :3].copy()
     ours = Predictor.of(model, lambda pixels: normalise(pixels, STATISTICS), False).logits(torch.from_numpy(images))
     assert (torch.stack(plain.predict(model, images, 16, STATISTICS)()) == ours.argmax(1)).float().mean() > 0.999
@@ -85,27 +85,27 @@ def test_the_plain_way_trains_the_same_network_on_as_many_pixels(bf16):
 
 def test_the_plain_loader_gives_normalised_crops_of_the_tiles(tmp_path):
     store = random_store(4, 20)
-    plain.Tiles.write(tmp_path, store)
-    data = plain.Tiles(tmp_path, 4, 20, Statistics([0.5] * 3, [0.25] * 3, [1.0]))
+    plain.NpzTiles.write(tmp_path, store)
+    data = plain.NpzTiles(tmp_path, 4, 20, Statistics([0.5] * 3, [0.25] * 3, [1.0]))
     image, target = data[2]  # as large as its tile, so that only flips are left
     upright = [(image.flip(axes), target.flip(axes)) for axes in ([], [-1], [-2], [-1, -2])]
     expected = normalise(torch.from_numpy(store[2:3, ..., :3]), Statistics([0.5] * 3, [0.25] * 3, [1.0]))[0]
     assert any(torch.allclose(a, expected) and (b.numpy() == store[2, ..., 3]).all() for a, b in upright)
-    batches = list(plain.loader(plain.Tiles(tmp_path, 4, 8, STATISTICS), 3))
+    batches = list(plain.loader(plain.NpzTiles(tmp_path, 4, 8, STATISTICS), 3))
     assert [tuple(images.shape) for images, _ in batches] == [(3, 3, 8, 8), (1, 3, 8, 8)]
 
 
 @pytest.mark.parametrize("prepare", [our_crops, partial(our_crops, normalised=True), plain_crops])
-def test_laps_cut_as_many_crops_as_they_say(setting, prepare):
+def test_a_lap_cuts_as_many_crops_as_it_says(setting, prepare):
     lap = prepare(setting)
     assert lap.run() == lap.items >= 64
 
 
-def test_laps_predict_as_many_tiles_as_they_say(setting):
+def test_a_lap_predicts_as_many_tiles_as_it_says(setting):
     ours, plain_way = our_inference(setting), plain_inference(setting)
-    answers, expected = torch.cat(ours.run()), torch.stack(plain_way.run())
-    assert ours.items == plain_way.items == len(expected) and answers.shape == expected.shape == (1, 500, 500)
-    assert (answers == expected).float().mean() > 0.9  # the network is not trained
+    predictions, expected = torch.cat(ours.run()), torch.stack(plain_way.run())
+    assert ours.items == plain_way.items == len(expected) and predictions.shape == expected.shape == (1, 500, 500)
+    assert (predictions == expected).float().mean() > 0.9  # the network is not trained
     assert roofline.flop(ours.facts["work"]) == roofline.flop(plain_way.facts["work"])
 
 
@@ -117,7 +117,7 @@ def test_other_libraries_networks_take_our_tiles(name):
 
 # ---------------------------------------------------------------------------------------------- the race
 
-def test_sides_take_turns_and_the_row_has_medians_and_ratios_of_neighbours():
+def test_sides_take_turns_and_the_row_has_medians_and_ratios_of_neighbouring_laps():
     order, took = [], {"ours": iter([9, 1, 1, 2]), "baseline": iter([9, 4, 6, 8]), "as_shipped": iter([9, 8, 9, 10])}
 
     def lap(name):
@@ -132,7 +132,7 @@ def test_sides_take_turns_and_the_row_has_medians_and_ratios_of_neighbours():
     assert row["flop_ours"] == row["flop_baseline"] == 7 and row["items_ours"] == 10
 
 
-def test_short_laps_get_more_rounds_and_one_ratio_where_memory_is_used_alike():
+def test_short_laps_get_more_rounds_and_equal_use_of_memory_gives_one_ratio():
     calls = []
     row = turns({"ours": lambda: calls.append(1) or 0.5, "baseline": lambda: 1.0}, dict.fromkeys(
         ("ours", "baseline"), (1, {})), "s", 1)
@@ -153,7 +153,7 @@ def faulty(setting):
 
 
 def page_faults(setting):
-    """Of the second of two equal arrays of 64 MB."""
+    """A lap that reports the page faults of the second of two equal arrays of 64 MB."""
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         np.ones(2**23)
@@ -161,14 +161,14 @@ def page_faults(setting):
 
 
 def test_a_race_of_processes(setting):
-    """Rows, errors of both kinds, and that only the plain way as shipped gives memory back."""
+    """Rows arrive, errors of both kinds are raised, and only the plain way as shipped returns memory to the system."""
     race = Race(nothing, nothing, "ms", one_thread=True)
     with Sides() as sides:
         row = compete(race, setting, 1, sides)
         assert compete(race, setting, 1, sides)["rounds"] == row["rounds"] == 15
         assert len(sides.open) == 3 and row["where_ours"] == str(setting.root)
         if platform.libc_ver()[0] == "glibc":
-            faults = {name: side.ask(PREPARE, page_faults, setting)[1]["faults"]
+            faults = {name: side.call(PREPARE, page_faults, setting)[1]["faults"]
                       for name, side in sides.of(race).items()}
             assert faults["ours"] < 100 and faults["baseline"] < 100 and faults["as_shipped"] > 0
         with pytest.raises(UserError, match="no tiles"):
@@ -210,23 +210,23 @@ def test_peaks_are_the_best_of_this_machine(setting):
     assert all(1e8 < peak < 1e16 for peak in found.values())
 
 
-def test_the_reports_network_has_the_flop_of_the_readme():
+def test_the_reports_network_has_the_documented_flop():
     model = UNet().eval()
     with torch.no_grad():
         work = roofline.work_of(lambda: model(torch.zeros(1, 3, 64, 64)))
     assert roofline.flop(work) * 16 / 1e9 == pytest.approx(24.15, abs=0.01)  # of 256 x 256
 
 
-def test_shares_of_the_roofline_are_of_an_item():
+def test_shares_of_the_roofline_are_for_one_item():
     row = {"ours": 500.0, "baseline": 1000.0, "unit": "ms a tile", "items_ours": 4, "work_ours": [("float32", 8e9, 0)]}
     peaks = {"float32": 8e9, "bfloat16": 8e9, "bytes": 1e9}
-    assert weighed(row, peaks) == {"ours": 500.0, "baseline": 1000.0, "unit": "ms a tile", "gflop_ours": 2.0,
+    assert with_roofline(row, peaks) == {"ours": 500.0, "baseline": 1000.0, "unit": "ms a tile", "gflop_ours": 2.0,
                                    "roofline_ours": 0.5}
 
 
 # ---------------------------------------------------------------------------------------------- rows
 
-def test_what_training_costs_by_size_and_an_epoch(setting):
+def test_rows_of_a_training_step_and_of_an_epoch(setting):
     row = step_row(setting, 32, 2, (4, 8))
     assert row["ours"] == pytest.approx(1000 / row["images_per_second"], rel=0.01) and row["peak_memory_mb"] > 100
     assert (row["crop"], row["batch"], row["widths"], row["baseline"]) == (32, 2, [4, 8], None)
@@ -236,19 +236,19 @@ def test_what_training_costs_by_size_and_an_epoch(setting):
     assert row["images_per_second"] == pytest.approx(16 / row["ours"], abs=0.1)
 
 
-def test_every_row_is_described():
+def test_every_row_becomes_cells_of_the_table():
     row = {"name": "scaling_crop_128", "ours": 1.5, "baseline": None, "unit": "ms an image",
            "ratio_same_allocator": None, "range_same_allocator": None, "ratio_as_shipped": None,
            "range_as_shipped": None}
-    assert describe(row) == ["scaling_crop_128", "1.5", "", "ms an image", "", "", "", "", ""]
+    assert table_row(row) == ["scaling_crop_128", "1.5", "", "ms an image", "", "", "", "", ""]
     raced = row | {"baseline": 3.0, "ratio_same_allocator": 2.0, "range_same_allocator": [1.0, 3.0],
                    "ratio_as_shipped": 4.0, "range_as_shipped": [4.0, 4.0], "roofline_ours": 0.5, "gflop_ours": 72.34,
                    "batch_ours": 4}
-    assert describe(raced)[2:] == ["3", "ms an image of 4", "2.00 (1.00 to 3.00)", "4.00 (4.00 to 4.00)", "72.3", "",
+    assert table_row(raced)[2:] == ["3", "ms an image of 4", "2.00 (1.00 to 3.00)", "4.00 (4.00 to 4.00)", "72.3", "",
                                    "50.0%"]
 
 
-def test_the_names_that_others_rely_on_exist_on_every_device():
+def test_the_documented_names_exist_on_every_device():
     for device in ("cpu", "cuda"):
         names = benchmarks(device)
         assert {"train_step", "inference_512", "crops", "filter_check", "filter_pass", "snapshot", "epoch", "scaling",
@@ -265,7 +265,7 @@ def test_rows_reach_the_terminal_and_the_file(tiles):
     assert all(needed <= row.keys() for row in rows)
     assert rows[-1]["ours"] == 0 and all(np.isfinite(row["ratio_as_shipped"]) for row in rows[:-1])
     assert all(row["quick"] and row["device"] == "cpu" and row["peaks"]["bytes"] > 0 for row in rows)
-    assert all(name in out.stdout for name in [*names, "GFLOP/s in float32", "not to be quoted"])
+    assert all(name in out.stdout for name in [*names, "GFLOP/s in float32", "do not quote"])
 
 
 def test_an_interrupted_run_keeps_what_it_has(setting, tmp_path, monkeypatch, capsys):
@@ -282,9 +282,9 @@ def test_an_interrupted_run_keeps_what_it_has(setting, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
-    (["--data", "nowhere"], "make_demo_data"), (["--only", "nothing"], "no such benchmark here; expected some of"),
-    (["--json", "nowhere/x.json"], "no such folder"), (["--device", "cuda"], "no CUDA GPU that can be used")])
-def test_bad_arguments(tiles, here, arguments, expected):
+    (["--data", "nowhere"], "make_demo_data"), (["--only", "nothing"], "--only nothing"),
+    (["--json", "nowhere/x.json"], "--json nowhere/x.json"), (["--device", "cuda"], "--device cuda")])
+def test_wrong_arguments_are_rejected(tiles, here, arguments, expected):
     if arguments[-1] == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     out = here("tools.benchmark.__main__", *arguments, cwd=tiles)

@@ -1,4 +1,4 @@
-"""The synthetic tiles: reproducible, complete, true to truth.csv, and such that the filter can do its work."""
+"""tools/make_demo_data.py: tiles are reproducible and complete, truth.csv is right, defects can be found."""
 
 import csv
 
@@ -25,25 +25,25 @@ def read(path):
     return np.asarray(Image.open(path))
 
 
-def triple(out, row):
+def read_tile(out, row):
     key = row["key"]
     return (read(out / f"frames/frame#{key}.png"), read(out / f"masks/mask#{key}.png"),
             read(out / f"truth/mask#{key}.png"))
 
 
 def find(defect, count, seed=1):
-    """(slide, number) of the first tiles with this defect."""
+    """Return (slide, number) of the first `count` tiles with this defect."""
     places = [(slide, number) for number in range(40) for slide in range(SLIDES)]
     return [place for place in places if demo.make_plan(seed, *place).defect == defect][:count]
 
 
 def blank_share(image, mask):
-    """Share of the annotated pixels on glass, as the filter of the project measures it; None where nothing is."""
+    """Return the share of annotated pixels on glass, computed independently of the filter; None without tissue."""
     inverted = gaussian_filter(255 - image.mean(2), 10)
     return (inverted[mask > 26] < 40).mean() if (mask > 26).mean() >= 0.01 else None
 
 
-def test_layout_sizes_greys(data):
+def test_files_have_the_promised_layout_sizes_and_values(data):
     out, rows = data
     assert sorted(path.name for path in out.iterdir()) == ["frames", "masks", "truth", "truth.csv"]
     assert not [path for path in out.parent.iterdir() if path != out]
@@ -51,7 +51,7 @@ def test_layout_sizes_greys(data):
     names = sorted(path.name for path in (out / "frames").iterdir())
     assert names == sorted(f"frame#{row['key']}.png" for row in rows)
     for row in rows:
-        image, mask, clean = triple(out, row)
+        image, mask, clean = read_tile(out, row)
         assert image.shape == (SIZE, SIZE, 3) and mask.shape == clean.shape == (SIZE, SIZE)
         assert image.dtype == mask.dtype == np.uint8
         assert set(np.unique(mask)) | set(np.unique(clean)) <= {26, 51, 77}
@@ -60,15 +60,15 @@ def test_layout_sizes_greys(data):
 def test_every_slide_has_every_class(data):
     out, rows = data
     for slide in range(SLIDES):
-        found = {grey for row in rows if row["slide"] == f"s{slide:02d}" and row["defect"] == "none"
-                 for grey in np.unique(triple(out, row)[1])}
+        found = {value for row in rows if row["slide"] == f"s{slide:02d}" and row["defect"] == "none"
+                 for value in np.unique(read_tile(out, row)[1])}
         assert found == {26, 51, 77}
 
 
-def test_truth_is_true(data):
+def test_truth_csv_is_right(data):
     out, rows = data
     for row in rows:
-        _, mask, clean = triple(out, row)
+        _, mask, clean = read_tile(out, row)
         assert float(row["wrong"]) == pytest.approx((mask != clean).mean(), abs=1e-6)
         assert float(row["foreground"]) == pytest.approx((clean > 26).mean(), abs=1e-6)
         assert (float(row["wrong"]) > 0.01) == (row["defect"] not in ("none", "empty"))
@@ -84,29 +84,29 @@ def test_every_defect_occurs():
     assert shares == pytest.approx(demo.DEFECTS, abs=0.012)
 
 
-def test_planned_shares():
+def test_shares_of_classes_are_as_planned():
     plans = [demo.make_plan(0, i % 12, i // 12) for i in range(240)]
     clean = [plan for plan in plans if plan.defect == "none"]
     assert np.mean([plan.glass for plan in clean]) == pytest.approx(0.525, abs=0.05)
     assert np.mean([plan.tumour * (1 - plan.glass) for plan in clean]) == pytest.approx(0.22, abs=0.05)
 
 
-def test_same_seed_same_bytes(data):
+def test_the_same_seed_gives_the_same_bytes(data):
     out, rows = data
     row = rows[5]
     tile = demo.make_tile(1, int(row["slide"][1:]), int(row["key"][4:]), SIZE)
-    image, mask, clean = triple(out, row)
-    assert (tile.image == image).all() and (demo.GREYS[tile.written] == mask).all()
-    assert (demo.GREYS[tile.clean] == clean).all()
+    image, mask, clean = read_tile(out, row)
+    assert (tile.image == image).all() and (demo.MASK_VALUES[tile.written] == mask).all()
+    assert (demo.MASK_VALUES[tile.clean] == clean).all()
 
 
-def test_other_seed_slide_or_number_differs():
+def test_another_seed_slide_or_number_gives_another_tile():
     image = demo.make_tile(0, 0, 0, 128).image
     for place in ((1, 0, 0), (0, 1, 0), (0, 0, 20)):
         assert (demo.make_tile(*place, 128).image != image).mean() > 0.1
 
 
-def test_shifted_mask_is_the_clean_field_shifted():
+def test_a_shifted_mask_is_the_clean_mask_moved():
     for slide, number in find("shifted", 3):
         tile = demo.make_tile(1, slide, number, SIZE)
         dx, dy = tile.row["dx"], tile.row["dy"]
@@ -116,7 +116,7 @@ def test_shifted_mask_is_the_clean_field_shifted():
         assert (written == clean).all()
 
 
-def test_over_glass_adds_and_left_out_removes():
+def test_over_glass_adds_tissue_and_left_out_removes_it():
     for slide, number in find("over_glass", 2):
         tile = demo.make_tile(1, slide, number, SIZE)
         assert (tile.written >= tile.clean).all()
@@ -127,47 +127,47 @@ def test_over_glass_adds_and_left_out_removes():
         assert 0.3 < (tile.written[tile.clean > 0] == 0).mean() < 0.7
 
 
-def test_rotated_angle():
+def test_masks_are_rotated_by_8_to_25_degrees():
     assert all(8 <= abs(demo.make_tile(1, *place, 128).row["angle"]) <= 25 for place in find("rotated", 4))
 
 
-def test_filter_keeps_clean_and_drops_over_glass():
+def test_algorithm_1_tells_clean_tiles_from_tissue_over_glass():
     for place in [*find("none", 7), *find("left_out", 2)]:
         tile = demo.make_tile(1, *place, SIZE)
-        assert blank_share(tile.image, demo.GREYS[tile.clean]) < 0.05
+        assert blank_share(tile.image, demo.MASK_VALUES[tile.clean]) < 0.05
     for place in find("over_glass", 2):
         tile = demo.make_tile(1, *place, SIZE)
-        assert blank_share(tile.image, demo.GREYS[tile.written]) > 0.15
+        assert blank_share(tile.image, demo.MASK_VALUES[tile.written]) > 0.15
     tile = demo.make_tile(1, *find("empty", 1)[0], SIZE)
-    assert blank_share(tile.image, demo.GREYS[tile.written]) is None and tile.image.mean() > 230
+    assert blank_share(tile.image, demo.MASK_VALUES[tile.written]) is None and tile.image.mean() > 230
 
 
 def test_classes_look_different(data):
     out, rows = data
     for slide in range(SLIDES):
-        image, mask, _ = triple(out, next(row for row in rows if row["key"] == f"s{slide:02d}-0000"))
-        glass, tissue, tumour = (255 - image[mask == grey].mean() for grey in (26, 51, 77))
+        image, mask, _ = read_tile(out, next(row for row in rows if row["key"] == f"s{slide:02d}-0000"))
+        glass, tissue, tumour = (255 - image[mask == value].mean() for value in (26, 51, 77))
         assert glass < 30 and tissue > 75 and tumour > tissue + 10
 
 
-def test_refuses_to_overwrite(data):
+def test_an_existing_folder_is_not_overwritten(data):
     out, _ = data
     before = sorted(out.rglob("*"))
-    with pytest.raises(UserError, match="remove it or choose another"):
+    with pytest.raises(UserError, match=f"{out.name}.*not an empty folder"):
         demo.main([str(out), "--tiles", "4", "--slides", "2", "--size", "128"])
     assert sorted(out.rglob("*")) == before
 
 
 @pytest.mark.parametrize("wrong", [["--tiles", "3", "--slides", "4"], ["--size", "64"], ["--seed", "-1"],
                                    ["--slides", "0"]])
-def test_refuses_wrong_arguments(tmp_path, wrong):
+def test_wrong_arguments_are_rejected(tmp_path, wrong):
     with pytest.raises(UserError, match=wrong[0]):
         demo.main([str(tmp_path / "out"), *wrong])
     assert not any(tmp_path.iterdir())
 
 
-def test_failure_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "write_tiles", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "write_data_set", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         demo.main([str(tmp_path / "out"), "--tiles", "12"])
     assert not any(tmp_path.iterdir())

@@ -1,21 +1,32 @@
-"""training/snapshots.py against deepcopy."""
+"""training/snapshots.py by way of `Learner`, against deepcopy."""
 
 import copy
 
 import torch
 
-from training.snapshots import copy_state, snapshot_of, tensors_of
+from training.learner import Learner
+from training.snapshots import tensors_of
 from unet import UNet
 
+CPU = torch.device("cpu")
 
-def trained_state(steps: int = 2):
+
+def trained_learner(steps: int = 2) -> Learner:
     torch.manual_seed(steps)
     model = UNet((4, 8), dropout=0.5).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    learner = Learner(model, torch.optim.Adam(model.parameters(), fused=True), None, None, CPU, torch.float32)
     for _ in range(steps):
-        model(torch.randn(2, 3, 16, 16)).sum().backward()
-        optimizer.step()
-    return model, optimizer, (model.state_dict(), optimizer.state_dict())
+        make_step(learner)
+    return learner
+
+
+def make_step(learner: Learner) -> None:
+    learner.model(torch.randn(2, 3, 16, 16)).sum().backward()
+    learner.optimizer.step()
+
+
+def addresses(state) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors_of(state)]
 
 
 def assert_same(ours, expected):
@@ -25,32 +36,29 @@ def assert_same(ours, expected):
 
 
 def test_every_tensor_of_weights_buffers_and_adam_is_copied():
-    model, _, state = trained_state()
-    assert len(tensors_of(state)) == len(model.state_dict()) + 3 * len(list(model.parameters()))
-    assert {tensor.dtype for tensor in tensors_of(state)} == {torch.float32, torch.int64}  # batches counted by norms
-    assert_same(snapshot_of(state), copy.deepcopy(state))
+    learner = trained_learner()
+    tensors = tensors_of(learner.state)
+    assert len(tensors) == len(learner.model.state_dict()) + 3 * len(list(learner.model.parameters()))
+    assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}  # batch norms count their batches
+    assert_same(learner.take_snapshot(), copy.deepcopy(learner.state))
 
 
-def test_a_snapshot_is_filled_in_place_and_shares_nothing():
-    _, _, state = trained_state(1)
-    _, _, later = trained_state(3)
-    kept, expected = snapshot_of(state), copy.deepcopy(later)
-    places = [tensor.data_ptr() for tensor in tensors_of(kept)]
-    assert snapshot_of(later, into=kept) is kept
-    assert [tensor.data_ptr() for tensor in tensors_of(kept)] == places
-    for tensor in tensors_of(later):
-        tensor.zero_()
+def test_a_snapshot_is_overwritten_in_place_and_shares_nothing():
+    kept, later = trained_learner(1).take_snapshot(), trained_learner(3)
+    expected, before = copy.deepcopy(later.state), addresses(kept)
+    assert later.take_snapshot(into=kept) is kept
+    assert addresses(kept) == before
+    with torch.no_grad():
+        for tensor in tensors_of(later.state):
+            tensor.zero_()
     assert_same(kept, expected)
 
 
-def test_what_is_put_back_lands_in_the_tensors_that_training_changes():
-    model, optimizer, state = trained_state()
-    start, expected = snapshot_of(state), copy.deepcopy(state)
-    places = [tensor.data_ptr() for tensor in tensors_of(state)]
-    model(torch.randn(2, 3, 16, 16)).sum().backward()
-    optimizer.step()
-    assert not torch.equal(model.head.weight, start[0]["head.weight"])
-    copy_state(start, (model.state_dict(), optimizer.state_dict()))
-    now = model.state_dict(), optimizer.state_dict()
-    assert_same(now, expected)
-    assert [tensor.data_ptr() for tensor in tensors_of(now)] == places
+def test_a_snapshot_is_restored_into_the_tensors_that_training_changes():
+    learner = trained_learner()
+    start, expected, before = learner.take_snapshot(), copy.deepcopy(learner.state), addresses(learner.state)
+    make_step(learner)
+    assert not torch.equal(learner.model.head.weight, start[0]["head.weight"])
+    learner.restore_snapshot(start)
+    assert_same(learner.state, expected)
+    assert addresses(learner.state) == before

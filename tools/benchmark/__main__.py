@@ -1,40 +1,40 @@
-"""How fast is it? Ours against the plain way, side by side in one run.
+"""Compare the speed of our code with that of plain PyTorch, NumPy and SciPy, side by side in one run.
 
     python -m tools.benchmark                                # on data/demo (tools/make_demo_data.py)
     python -m tools.benchmark --quick --json speed.json
     python -m tools.benchmark --device cuda --json speed.json
 
-Machines are shared and noisy: the sides take turns, each in a process of its own, and the table quotes medians and the
-range of the ratios. Where our scripts keep memory (memory.reuse_memory), the plain way runs twice: `same` with that
-too, and `shipped` as it comes. `roof` is the share of what the hardware could do at most (roofline.py).
+Machines are shared and noisy. Therefore the sides take turns, each in its own process, and the table shows medians and
+the range of the ratios. If our scripts keep memory for reuse (common/memory.py), the plain way runs twice: column
+`same` keeps memory too, column `shipped` does not. `roof` is the share of the hardware's limit (roofline.py).
 
     train_step       one step of the report's network on 16 crops of 256 x 256 (--quick: 4), ours from the store on
-    ..._channels_last, _bf16, _both   named only: the plain training step with these parts of ours
+    ..._channels_last, _bf16, _both   only with --only: the plain training step with these parts of ours
     inference_512    500 x 500 tiles mirrored to 512 x 512, as evaluate.py does it with a thousand tiles or more;
-                     ..._few: with fewer; ..._float32: the exact mode
+                     ..._few: with fewer tiles; ..._float32: the exact mode
     ..._compiled     with --device cuda: train.compile=true, and compiled inference, which train.py and evaluate.py do
-                     not do there unasked
+                     not do there by default
     ..._monai, _smp  the same against MONAI's BasicUNet and segmentation_models_pytorch's Unet(resnet34), if installed
                      (requirements-dev.txt)
-    crops            256 x 256 crops of 500 x 500 tiles as uint8, one core; against a DataLoader of compressed npz files
-                     whose samples come normalised; crops_normalised: ours normalised too
-    snapshot         copy weights and Adam state and put them back; against deepcopy
-    filter_check     Algorithm 1 on a decoded tile, one core: scipy's float64 Gaussian, line by line
-    filter_pass      a tile from files to verdict, one core: the original's path of decoding, check and compressed npz
-                     of what is kept; ours writes no npz, and measures the other direction and the mask's shift besides
-    filter_judge     the same, with no npz on either side
-    filter_workers   judging all tiles on one process and on two, start of the processes included
+    crops            256 x 256 crops of 500 x 500 tiles as uint8 on one core, against a DataLoader that reads compressed
+                     npz files and normalises its samples; crops_normalised: ours normalised too
+    snapshot         copy weights and Adam state and put them back, against deepcopy
+    filter_check     Algorithm 1 on a decoded tile on one core, against scipy's float64 Gaussian, line by line
+    filter_pass      a tile from files to verdict on one core, against the original's way: decode, check, write what is
+                     kept as compressed npz. Ours writes no npz, but also measures unmarked tissue and the mask's shift
+    filter_judge     the same without npz on either side
+    filter_workers   judge all tiles with one process and with two, including the start of the processes
     filter_memory    peak memory of the largest process that judges, for a tenth of the tiles and for all
     filter_verdicts  verdicts of Algorithm 1 on borderline variants of the tiles that differ from the literal ones
     field_map        d logit / d input of one pixel of the report's network: on the smallest input that holds the field,
-                     with a decoder that computes the centre only, channels last, bfloat16 where the hardware has it;
+                     with a decoder that computes only the centre, channels last, bfloat16 if the hardware has it;
                      against float32 on a 256 x 256 input
     field_maps       the same for 64 pixels, several in one backward pass against one each
     field_float32    field_maps with float32 on both sides
-    epoch, scaling   with --device cuda, or named (hours on a CPU): the report's epoch, and what a step costs by crop,
-                     batch, widths and tiles; on a GPU compiled
+    epoch, scaling   with --device cuda or --only (hours on a CPU): the report's epoch, and the cost of a step by crop,
+                     batch, widths and number of tiles; compiled on a GPU
 
-What was measured is written after each benchmark, so that an interrupted run keeps what it has.
+The results are written after each benchmark, so that an interrupted run keeps them.
 """
 
 import json
@@ -54,13 +54,13 @@ PARTS = ("train_step_channels_last", "train_step_bf16", "train_step_both")
 QUICK = ("train_step", "inference_512", "crops", "snapshot", "filter_check", "filter_pass", "filter_verdicts",
          "field_map")
 ONLY_BY_NAME = {"cpu": ("epoch", "scaling", *PARTS), "cuda": PARTS}
-ROUNDS, QUICK_ROUNDS = 5, 2  # at least
+ROUNDS, QUICK_ROUNDS = 5, 2  # or more (race.py)
 
 
 def benchmarks(device: str) -> dict:
-    """Every benchmark by name: a race, or a function of a `Setting` that gives one row or several.
+    """Return every benchmark by name: a race, or a function of a `Setting` that returns one row or several.
 
-    Modules that need torch are imported in functions, since every process that the benchmark starts reads this file.
+    Modules that need torch are imported in functions, because every process that the benchmark starts reads this file.
     """
     from tools.benchmark import fields, filtering, network, scaling
 
@@ -68,6 +68,7 @@ def benchmarks(device: str) -> dict:
 
 
 def rows_of(name: str, setting: Setting, sides: Sides) -> Iterator[dict]:
+    """Run one benchmark and yield its rows."""
     task = benchmarks(setting.device)[name]
     if isinstance(task, Race):
         yield {"name": name, **compete(task, setting, QUICK_ROUNDS if setting.quick else ROUNDS, sides)}
@@ -77,8 +78,8 @@ def rows_of(name: str, setting: Setting, sides: Sides) -> Iterator[dict]:
         yield {"name": name, **row}
 
 
-def weighed(row: dict, peaks: dict[str, float]) -> dict:
-    """The row with FLOP and shares of the roofline in the place of lists of operations."""
+def with_roofline(row: dict, peaks: dict[str, float]) -> dict:
+    """Return the row with GFLOP and shares of the roofline instead of lists of operations."""
     from tools.benchmark import roofline
 
     scale = 1000 if row["unit"].startswith("ms") else 1
@@ -93,28 +94,29 @@ def weighed(row: dict, peaks: dict[str, float]) -> dict:
 
 
 def processor() -> str:
-    """What the processor calls itself."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return named.group(1) if named else platform.processor() or platform.machine()
+    name = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return name.group(1) if name else platform.processor() or platform.machine()
 
 
 def machine(setting: Setting) -> str:
-    """What it was measured on."""
-    found = [processor(), f"{cores()} cores", f"Python {platform.python_version()}"]
+    """Return the hardware and the versions of the packages as one line."""
+    facts = [processor(), f"{cores()} cores", f"Python {platform.python_version()}"]
     if setting.device == "cuda":
         import torch
 
-        found.insert(0, torch.cuda.get_device_name())
+        facts.insert(0, torch.cuda.get_device_name())
     for package in PACKAGES:
         try:
-            found.append(f"{package} {version(package)}")
+            facts.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            found.append(f"no {package}")
-    return ", ".join(found)
+            facts.append(f"no {package}")
+    return ", ".join(facts)
 
 
-def describe(row: dict) -> list[str]:
+def table_row(row: dict) -> list[str]:
+    """Return the cells of a row for the table."""
     def ratio(which: str) -> str:
         if row[f"ratio_{which}"] is None:
             return ""
@@ -135,11 +137,11 @@ def main() -> None:
     parser = argument_parser(__doc__, prog="python -m tools.benchmark")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), metavar="DIR",
                         help="folder of demo tiles (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the above (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these benchmarks (default: all)")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, with fewer images, tiles and "
                         "rounds: a first impression in two minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     args = parser.parse_args()
     known = benchmarks(args.device)
     names = args.only or [name for name in known if name not in ONLY_BY_NAME[args.device]
@@ -148,30 +150,30 @@ def main() -> None:
     if unknown:
         raise UserError(f"--only {unknown[0]}: no such benchmark here; expected some of {', '.join(known)}")
     if not (args.data / "truth.csv").is_file():
-        raise UserError(f"{args.data}: no demo tiles; `python -m tools.make_demo_data {args.data}` makes them")
+        raise UserError(f"{args.data}: no demo tiles; make them with `python -m tools.make_demo_data {args.data}`")
     if args.json and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: no such folder; make it first")
     measure(names, Setting(args.data.resolve(), args.quick, args.device), args.json)
 
 
 def measure(names: list[str], setting: Setting, out: Path | None) -> None:
-    """Run benchmarks, print their table, write their rows: also of those that an interruption lets finish."""
+    """Run benchmarks, print their table and write their rows. An interruption keeps the rows measured so far."""
     import torch
 
     from tools.benchmark import roofline
 
     if setting.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine, or this torch, has no CUDA GPU that can be used")
-    named = machine(setting)
-    print(named, flush=True)
+    description = machine(setting)
+    print(description, flush=True)
     peaks, rows = in_new_process(roofline.peaks, setting), []
 
     def save() -> list[dict]:
-        facts = {"device": setting.device, "quick": setting.quick, "machine": named, "peaks": peaks}
-        found = [weighed(row, peaks) | facts for row in rows]
+        facts = {"device": setting.device, "quick": setting.quick, "machine": description, "peaks": peaks}
+        finished = [with_roofline(row, peaks) | facts for row in rows]
         if out:
-            write_text(out, json.dumps(found, indent=2) + "\n")
-        return found
+            write_text(out, json.dumps(finished, indent=2) + "\n")
+        return finished
 
     try:
         with Progress("", len(names), "benchmark") as progress, Sides() as sides:
@@ -181,15 +183,16 @@ def measure(names: list[str], setting: Setting, out: Path | None) -> None:
                     rows.append(row)
                     save()
                 progress.advance()
-        if not setting.quick:  # a neighbour may have disturbed the first time
+        if not setting.quick:  # another program may have disturbed the first time
             again = in_new_process(roofline.peaks, setting)
             peaks = {what: max(peak, again[what]) for what, peak in peaks.items()}
     finally:
         print(table(["benchmark", "ours", "baseline", "unit", "baseline / ours: same", "shipped", "GFLOP", "baseline",
-                     "roof"], [describe(row) for row in save()]))
+                     "roof"], [table_row(row) for row in save()]))
         rates = [f"{peaks[dtype] / 1e9:,.0f} GFLOP/s in {dtype}" for dtype in ("float32", "bfloat16") if dtype in peaks]
-        print(f"at most {', '.join(rates)}, {peaks['bytes'] / 1e9:,.0f} GB/s"
-              + ("; --quick is a first impression, not to be quoted" if setting.quick else ""))
+        print(f"limits of the hardware: {', '.join(rates)}, {peaks['bytes'] / 1e9:,.0f} GB/s")
+        if setting.quick:
+            print("--quick gives a first impression; do not quote it")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The filter: Algorithm 1 and the way from files to verdicts, against the report's way of both."""
+"""Time the filter: Algorithm 1 alone, and all steps from files to verdicts, against the report's code."""
 
 import os
 import re
@@ -19,15 +19,15 @@ from common.config import Config, Data, Filter
 from common.console import Progress
 from dataset import Tile, find_pairs, read_pair
 from filtering import pipeline
-from filtering.audit import find_glass, sum_inverted
+from filtering.audit import find_glass, inverted_grey
 from tools.benchmark.race import Lap, Race, Setting, alone, plain_row
 
-GREYS = (26, 51, 77)
+MASK_VALUES = (26, 51, 77)
 REPORT = Filter()
 
 
 def literal_check(image: np.ndarray, tissue: np.ndarray, limits: Filter = REPORT) -> bool:
-    """Algorithm 1 as printed, with the divisor that is meant: whether the tile is kept."""
+    """Return whether Algorithm 1 as printed keeps the tile, but with the divisor that is meant."""
     grey = np.abs(np.mean(image, axis=2) - 255.0)
     tissue_pixels = gaussian_filter(grey, sigma=limits.sigma)[tissue]
     empty = tissue_pixels[tissue_pixels < limits.blank_intensity]
@@ -35,16 +35,16 @@ def literal_check(image: np.ndarray, tissue: np.ndarray, limits: Filter = REPORT
 
 
 def our_check(image: np.ndarray, tissue: np.ndarray, limits: Filter = REPORT) -> bool:
-    glass = find_glass(sum_inverted(image), limits)
+    glass = find_glass(inverted_grey(image), limits)
     return np.count_nonzero(glass & tissue) / np.count_nonzero(tissue) < limits.max_blank
 
 
 def original_pass(root: Path, tiles: Sequence[Tile], out: Path | None) -> None:
-    """Decode a mask, apply the 1 % rule, decode the image, check, write both as compressed npz below `out`, if any."""
+    """Decode a mask, apply the 1 % rule, decode the image, check it; write both as compressed npz if `out` is given."""
     for tile in tiles:
         mask = np.array(Image.open(root / tile.mask))
-        for label, grey in enumerate(GREYS):
-            mask[mask == grey] = label
+        for label, value in enumerate(MASK_VALUES):
+            mask[mask == value] = label
         if np.count_nonzero(mask) / mask.size < REPORT.min_foreground:
             continue
         image = np.array(Image.open(root / tile.image))
@@ -54,10 +54,10 @@ def original_pass(root: Path, tiles: Sequence[Tile], out: Path | None) -> None:
 
 
 def with_tissue(root: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and annotated tissue of the first tiles that the 1 % rule lets pass."""
+    """Return images and annotated tissue of the first tiles that pass the 1 % rule."""
     pairs = []
     for tile in demo_tiles(root):
-        image, mask = read_pair(root, tile, GREYS)
+        image, mask = read_pair(root, tile, MASK_VALUES)
         if np.mean(mask > 0) >= REPORT.min_foreground:
             pairs.append((image, mask > 0))
         if len(pairs) == count:
@@ -70,7 +70,7 @@ def demo_tiles(root: Path) -> list[Tile]:
 
 
 def multiply(root: Path, out: Path, count: int) -> Config:
-    """`count` tiles in `out`, each a hard link to one of the folder `root`; the config that filters them."""
+    """Fill `out` with `count` tiles that are hard links to those in `root`; return the config that filters them."""
     tiles = demo_tiles(root)
     for folder in ("frames", "masks"):
         (out / folder).mkdir(parents=True)
@@ -79,7 +79,7 @@ def multiply(root: Path, out: Path, count: int) -> Config:
         for source, target in ((tile.image, f"frames/frame#{i}.png"), (tile.mask, f"masks/mask#{i}.png")):
             try:
                 os.link(root / source, out / target)
-            except OSError:  # another file system
+            except OSError:  # for example on another file system
                 shutil.copyfile(root / source, out / target)
     return Config(data=Data(root=str(out)))
 
@@ -90,11 +90,11 @@ def check(setting: Setting, keep: Callable[[np.ndarray, np.ndarray], bool]) -> L
 
 
 def our_pass(setting: Setting) -> Lap:
-    folder = tempfile.TemporaryDirectory()  # lives as long as the lap
+    folder = tempfile.TemporaryDirectory()
     config = multiply(setting.root, Path(folder.name) / "tiles", tiles_of_a_pass(setting))
 
     def run() -> None:
-        assert folder
+        assert folder  # this reference keeps the folder as long as the lap exists
         pipeline.filter_tiles(config, workers=1)
 
     return Lap(run, tiles_of_a_pass(setting))
@@ -108,7 +108,7 @@ def plain_pass(setting: Setting, npz: bool) -> Lap:
     out.mkdir()
 
     def run() -> None:
-        assert folder
+        assert folder  # see our_pass
         original_pass(root, tiles, out if npz else None)
 
     return Lap(run, len(tiles))
@@ -125,7 +125,7 @@ def seconds_of_filter(config: Config, workers: int) -> float:
 
 
 def workers(setting: Setting) -> dict:
-    """Each side is a process of its own, so that both pay for their start and no worker has a second thread."""
+    """Time the filter with two workers and one. Each run starts a new process, whose workers use one thread."""
     count = 300 if setting.quick else 4000
     with tempfile.TemporaryDirectory() as folder:
         config = multiply(setting.root, Path(folder) / "tiles", count)
@@ -136,11 +136,11 @@ def workers(setting: Setting) -> dict:
 
 
 def peak_memory(config: Config, workers: int) -> float:
-    """MB of the largest process of a filter run: this one or a worker."""
+    """Return the MB of the largest process of a filter run: this one or a worker."""
     import resource
 
     pipeline.filter_tiles(config, workers)
-    # not RUSAGE_SELF, which begins with what the process that started this one had
+    # not RUSAGE_SELF, which includes memory of the process that started this one
     ours = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
     return max(ours, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
 
@@ -160,16 +160,16 @@ def verdicts(setting: Setting) -> dict:
 
 
 def changed_verdicts(root: Path, count: int) -> int:
-    """Of tiles made borderline: the limit of blank is put onto, just below or just above what the tile has."""
+    """Count changed verdicts of tiles whose limit of blank lies on, just below or just above their own value."""
     pairs, changed = with_tissue(root, 200), 0
     with Progress("verdicts", count, "tile") as progress:
         for number in range(count):
             image, tissue = pairs[number % len(pairs)]
             random = np.random.default_rng(number)
-            # another tile: other brightness, the mask moved; then a limit within a few pixels of its share of glass
+            # a variant of the tile: another brightness, the mask moved; its limit lies a few pixels from its glass
             image = np.clip(image.astype(int) + random.integers(-12, 13), 0, 255).astype(np.uint8)
             tissue = np.roll(tissue, random.integers(-60, 61, 2), (0, 1))
-            share = np.count_nonzero(find_glass(sum_inverted(image), REPORT) & tissue) / np.count_nonzero(tissue)
+            share = np.count_nonzero(find_glass(inverted_grey(image), REPORT) & tissue) / np.count_nonzero(tissue)
             nudge = random.integers(-2, 3) / np.count_nonzero(tissue)
             limits = replace(REPORT, max_blank=min(1.0, max(0.0, share + nudge)))
             changed += our_check(image, tissue, limits) != literal_check(image, tissue, limits)

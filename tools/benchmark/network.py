@@ -1,8 +1,8 @@
-"""The network: training step, inference, snapshots and crops, against the plain way and other libraries' U-Nets.
+"""Races of the network: training step, inference, snapshots and crops, against the plain way and other libraries.
 
-Ours is what train.py and evaluate.py run, with the batch's way out of the store and, of tiles, to the device; the plain
-way of a training step is given its batch for nothing. On a GPU the plain way's float32 is what PyTorch makes of it:
-convolutions in TF32.
+Our side is what train.py and evaluate.py run: a training step includes reading its batch from the store, and inference
+includes copying tiles to the device. The plain training step gets its batch for free. On a GPU the plain side computes
+float32 as PyTorch does by default: convolutions in TF32.
 """
 
 import tempfile
@@ -31,13 +31,13 @@ from unet import UNet
 
 STATISTICS = Statistics([0.75, 0.55, 0.7], [0.15, 0.2, 0.15], [0.4, 0.4, 0.2])
 CLASSES, TILE, CROP = 3, 500, 256
-SILENT = SimpleNamespace(advance=lambda *_, **__: None)  # in the place of a progress bar
-SNAPSHOTS = 10  # of a lap
+SILENT = SimpleNamespace(advance=lambda *_, **__: None)  # replaces a progress bar
+SNAPSHOTS = 10  # in each lap
 PEERS = {"monai": "monai", "smp": "segmentation_models_pytorch"}
 
 
 def random_store(count: int, size: int = TILE) -> np.ndarray:
-    """(count, size, size, 4) uint8 that no compression makes small."""
+    """A store (count, size, size, 4) uint8 of noise, which cannot be compressed."""
     store = np.random.default_rng(0).integers(0, 256, (count, size, size, 4), np.uint8)
     store[..., 3] %= CLASSES
     return store
@@ -48,7 +48,7 @@ def batch_size(setting: Setting) -> int:
 
 
 def peer(name: str) -> nn.Module:
-    """A U-Net of another library, as large as its makers or the report have it."""
+    """A U-Net of another library: MONAI's with the report's widths, or the default of segmentation_models_pytorch."""
     if name == "monai":
         from monai.networks.nets import BasicUNet
         return BasicUNet(spatial_dims=2, in_channels=3, out_channels=CLASSES, features=(*Model.widths, Model.widths[0]))
@@ -60,14 +60,14 @@ def peer(name: str) -> nn.Module:
 
 def trainer(device: str, batch: int, steps: int, size: int = CROP, widths: tuple[int, ...] = Model.widths,
             compiled: bool = False) -> partial:
-    """A function that trains our network for `steps` steps as train.py does."""
+    """Return a function that trains our network for `steps` steps as train.py does."""
     config = Config(device=device, model=Model(widths=widths), train=Train(compile=compiled))
     learner = build_learner(config, STATISTICS)
     store = store_on(learner.device, random_store(16, max(size, TILE)))
     rows = [np.arange(batch * steps) % len(store), np.array([], int)]
     crops = training_crops(rows, 1, store.shape[1:3], size, 0, 1)
     data = training_set.TrainingSet(store, rows[0], [""], STATISTICS, "")
-    return partial(epochs.pass_over, learner, data, crops, batch, True, SILENT)
+    return partial(epochs.run_pass, learner, data, crops, batch, True, SILENT)
 
 
 def steps_of_a_lap(setting: Setting) -> int:
@@ -107,7 +107,7 @@ def plain_steps(setting: Setting, network: str = "", channels_last: bool = False
 # ---------------------------------------------------------------------------------------------- inference
 
 def trained_network() -> UNet:
-    """With batch norms that have seen something."""
+    """Return a U-Net whose batch norms have statistics."""
     torch.manual_seed(0)
     model = UNet().train()
     with torch.no_grad():
@@ -120,7 +120,7 @@ def tiles_of_a_lap(setting: Setting) -> int:
 
 
 def our_inference(setting: Setting, many: bool = False, compiled: bool = False, precision: str = "auto") -> Lap:
-    """As evaluate.py does it, `many` tiles or few; or `compiled` where it would not be."""
+    """Predict as evaluate.py does for `many` tiles or for few; `compiled` also compiles where evaluate.py would not."""
     device, count = torch.device(setting.device), tiles_of_a_lap(setting)
     model = trained_network().to(device, memory_format=torch.channels_last)
     dtype = choose_precision(precision, device)
@@ -131,7 +131,7 @@ def our_inference(setting: Setting, many: bool = False, compiled: bool = False, 
                      model, STATISTICS, precision=dtype)
 
     def lap(candidate: Candidate) -> list[torch.Tensor]:
-        return [candidate.answer(part.to(device), [])[0].cpu() for part in images.split(tiles_at_once(TILE, TILE))]
+        return [candidate.predict(part.to(device), [])[0].cpu() for part in images.split(tiles_at_once(TILE, TILE))]
 
     ours = candidate(compiled).for_many() if many else candidate(compiled)
     return Lap(partial(lap, ours), count, {"work": work_of(partial(lap, candidate(compiled=False)))})
@@ -152,7 +152,7 @@ def random_crops(count: int, tiles: int, size: int = TILE) -> Crops:
 
 
 def our_crops(setting: Setting, normalised: bool = False) -> Lap:
-    """Out of the memory-mapped store, as uint8: what happens on the processor where a GPU does the rest."""
+    """Cut crops from the memory-mapped store as uint8, which is the CPU's part of the work when a GPU trains."""
     tiles, count = 32, 3200
     folder = tempfile.TemporaryDirectory()
     store = np.memmap(Path(folder.name) / "tiles.u8", np.uint8, "w+", shape=(tiles, TILE, TILE, 4))
@@ -160,7 +160,7 @@ def our_crops(setting: Setting, normalised: bool = False) -> Lap:
     crops = random_crops(count, tiles)
 
     def run() -> int:
-        assert folder  # lives as long as the lap
+        assert folder  # keeps the folder until the lap is deleted
         count = 0
         for batch in batches_on(torch.device("cpu"), crops, store, Train.batch_size):
             count += len(normalise(batch[..., :3], STATISTICS) if normalised else batch)
@@ -172,8 +172,8 @@ def our_crops(setting: Setting, normalised: bool = False) -> Lap:
 def plain_crops(setting: Setting) -> Lap:
     count = 64
     folder = tempfile.TemporaryDirectory()
-    plain.Tiles.write(Path(folder.name), random_store(count))
-    loader = plain.loader(plain.Tiles(Path(folder.name), count, CROP, STATISTICS), Train.batch_size)
+    plain.NpzTiles.write(Path(folder.name), random_store(count))
+    loader = plain.loader(plain.NpzTiles(Path(folder.name), count, CROP, STATISTICS), Train.batch_size)
 
     def run() -> int:
         assert folder
@@ -184,12 +184,12 @@ def plain_crops(setting: Setting) -> Lap:
 
 def our_snapshot(setting: Setting) -> Lap:
     learner = build_learner(Config(device=setting.device), STATISTICS)
-    kept = learner.snapshot()
+    kept = learner.take_snapshot()
 
     def run() -> None:
         for _ in range(SNAPSHOTS):
-            learner.snapshot(into=kept)
-            learner.restore(kept)
+            learner.take_snapshot(into=kept)
+            learner.restore_snapshot(kept)
         setting.wait()
 
     return Lap(run, SNAPSHOTS)
@@ -210,7 +210,7 @@ def plain_snapshot(setting: Setting) -> Lap:
 
 
 def races(device: str) -> dict[str, Race]:
-    """By name; those against other libraries where these are installed."""
+    """Return the races by name, including those against other libraries if they are installed."""
     step, tile = "ms a step", "ms a tile"
 
     def network_race(ours: partial, baseline: partial, unit: str) -> Race:
@@ -228,7 +228,7 @@ def races(device: str) -> dict[str, Race]:
     for part in ("channels_last", "bf16", "both"):
         found[f"train_step_{part}"] = network_race(
             partial(plain_steps, channels_last=part != "bf16", bf16=part != "channels_last"), plain_steps, step)
-    if device == "cuda":  # so that it can be known what would pay there
+    if device == "cuda":  # to show whether compiling is faster there
         found["train_step_compiled"] = network_race(partial(our_steps, compiled=True), plain_steps, step)
         found["inference_512_compiled"] = network_race(partial(our_inference, compiled=True), plain_inference, tile)
     for name, package in PEERS.items():

@@ -1,11 +1,11 @@
-"""The plain PyTorch way of the same work: what one writes who does not think of speed, and what the report's code does.
+"""The plain PyTorch way to do the same work, written without regard to speed, as in the report's code.
 
-Float32, channels first, Adam as it comes, the loss read after each step, snapshots by deepcopy, a Dataset of compressed
-npz files whose samples are cropped, flipped and normalised one by one.
+It uses float32, channels first, Adam with its defaults, the loss read after each step, snapshots by deepcopy, and a
+Dataset of compressed npz files whose samples are cropped, flipped and normalised one by one.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from dataset import Statistics
 from losses import LOSSES
 
 
-class Tiles(Dataset):
-    """Tiles in compressed npz files, two each as the report's code writes them."""
+class NpzTiles(Dataset):
+    """Tiles in compressed npz files, two files for each tile, as the report's code writes them."""
 
     def __init__(self, folder: Path, count: int, size: int, statistics: Statistics):
         self.folder, self.count, self.size = folder, count, size
@@ -34,7 +34,7 @@ class Tiles(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, mask = (np.load(self.folder / f"{kind}{index}.npz")["arr_0"] for kind in ("frame", "mask"))
+        image, mask = (np.load(self.folder / f"{name}{index}.npz")["arr_0"] for name in ("frame", "mask"))
         top, left = (int(torch.randint(0, side - self.size + 1, ())) for side in mask.shape)
         image = torch.from_numpy(image).permute(2, 0, 1).float() / 255
         image = ((image - self.mean) / self.std)[:, top:top + self.size, left:left + self.size]
@@ -45,12 +45,12 @@ class Tiles(Dataset):
         return image, target
 
 
-def loader(dataset: Tiles, batch_size: int) -> DataLoader:
+def loader(dataset: NpzTiles, batch_size: int) -> DataLoader:
     return DataLoader(dataset, batch_size, shuffle=True)
 
 
 def step(model: nn.Module, images: Tensor, target: Tensor, bf16: bool = False) -> Callable[[], float]:
-    """A function that makes one training step, with bfloat16 autocast if asked."""
+    """Return a function that makes one training step, with autocast to bfloat16 if `bf16`."""
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, weight_decay=3e-5)
     model.train()
 
@@ -67,27 +67,27 @@ def step(model: nn.Module, images: Tensor, target: Tensor, bf16: bool = False) -
 
 
 def predict(model: nn.Module, tiles: np.ndarray, multiple: int, statistics: Statistics) -> Callable[[], list[Tensor]]:
-    """A function that predicts every tile (N, H, W, 3) uint8, one after the other."""
+    """Return a function that predicts the tiles (N, H, W, 3) uint8 one by one."""
     model.eval()
     device = next(model.parameters()).device
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (statistics.mean, statistics.std))
     margins = [(side // 2, side - side // 2) for side in (-length % multiple for length in tiles.shape[1:3])]
 
     def run() -> list[Tensor]:
-        answers = []
+        predictions = []
         with torch.no_grad():
             for tile in tiles:
                 padded = np.pad(tile, [*margins, (0, 0)], mode="symmetric")
                 image = (torch.from_numpy(padded).to(device).permute(2, 0, 1).float() / 255 - mean) / std
                 height, width = (slice(before, before + length) for (before, _), length in
                                  zip(margins, tile.shape[:2], strict=True))
-                answers.append(model(image[None])[0, :, height, width].argmax(0).cpu())
-        return answers
+                predictions.append(model(image[None])[0, :, height, width].argmax(0).cpu())
+        return predictions
 
     return run
 
 
 def snapshot_and_restore(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    states: Sequence[dict] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    model.load_state_dict(states[0])
-    optimizer.load_state_dict(copy.deepcopy(states[1]))
+    weights, adam = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(copy.deepcopy(adam))

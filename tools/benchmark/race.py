@@ -1,11 +1,11 @@
-"""Two ways of one task, side by side: each in a process of its own, taking turns.
+"""Time two ways of one task side by side, each in its own process, in turns.
 
-    lap       the task once; what is timed
-    side      a process that runs laps: of our way, of the plain way with our use of memory, and of the plain way
-              as a script has it that asks for nothing
+    lap       one execution of the task, which is timed
+    side      a process that runs laps: of our way, of the plain way with our use of memory, or of the plain way with
+              the use of memory of any script
 
-The sides wait for each other, so that a noisy neighbour disturbs all of them alike, and ratios are of laps that lie
-next to each other.
+Only one side runs at a time, so that other programs on the machine disturb all sides equally. Ratios compare laps that
+follow each other.
 """
 
 import statistics
@@ -24,28 +24,28 @@ from common.console import UserError
 from common.memory import enough_memory, reuse_memory
 from common.workers import ignoring_interrupts, single_threaded
 
-ENOUGH, MOST_ROUNDS = 4.0, 15  # seconds of laps; rounds of short ones
+ENOUGH_SECONDS, MOST_ROUNDS = 4.0, 15  # short laps get more rounds, until one of these is reached
 LESS_MEMORY = "close other programs, or try --quick"
-PREPARE, RUN, FORGET = "prepare", "run", "forget"  # what a side is asked
+PREPARE, RUN, FORGET = "prepare", "run", "forget"  # requests to a side
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every task is given."""
+    """Data and device of all tasks."""
 
     root: Path  # of the demo tiles
     quick: bool
     device: str  # cpu, or cuda
 
     def wait(self) -> None:
-        """Until the GPU has done what it was told: a lap ends then."""
+        """Wait until the GPU has finished: only then a lap ends."""
         if self.device == "cuda":
             import torch
 
             torch.cuda.synchronize()
 
-    def give_back(self) -> None:
-        """The GPU's memory that is free in this process, to the others."""
+    def free_memory(self) -> None:
+        """Give the GPU's memory that this process does not use to the others."""
         if self.device == "cuda":
             import torch
 
@@ -54,29 +54,29 @@ class Setting:
 
 @dataclass(frozen=True)
 class Lap:
-    """What a side times."""
+    """A prepared task that a side times."""
 
     run: Callable[[], Any]
-    items: int = 1  # that one lap handles
-    facts: dict = field(default_factory=dict)  # for the row; "work" is that of all items (roofline.py)
+    items: int = 1  # handled by one lap
+    facts: dict = field(default_factory=dict)  # for the row of results; "work" is the work of all items (roofline.py)
 
 
-Prepare = Callable[[Setting], Lap]  # a function of a module, since it is called in another process
+Prepare = Callable[[Setting], Lap]  # defined at the top of a module, because another process calls it
 
 
 @dataclass(frozen=True)
 class Race:
-    """What to compare."""
+    """Two ways of one task to compare."""
 
     ours: Prepare
     baseline: Prepare
     unit: str = "ms a tile"  # or "s ..."
     one_thread: bool = False
-    keeps_memory: bool = True  # as the scripts that need torch do; on a GPU it matters to none
+    keeps_memory: bool = True  # as the scripts that need torch do; without effect on a GPU
 
 
 class Side:
-    """A process that prepares laps and runs them when asked."""
+    """A process that prepares laps and runs them on request."""
 
     def __init__(self, keeps_memory: bool):
         context = get_context("spawn")
@@ -86,69 +86,75 @@ class Side:
             self.process.start()
         there.close()
 
-    def ask(self, what: str, *arguments: Any) -> Any:
-        self.tell(what, *arguments)
-        return self.answer()
+    def call(self, request: str, *arguments: Any) -> Any:
+        self.send(request, *arguments)
+        return self.receive()
 
-    def tell(self, what: str, *arguments: Any) -> None:
-        self.pipe.send((what, *arguments))
+    def send(self, request: str, *arguments: Any) -> None:
+        self.pipe.send((request, *arguments))
 
-    def answer(self) -> Any:
+    def receive(self) -> Any:
+        """Wait for the result of the request sent last; raise its error if it failed."""
         try:
-            answer = self.pipe.recv()
+            result = self.pipe.recv()
         except EOFError:
-            raise UserError(f"a process of the benchmark ended before its time, perhaps for lack of memory: "
-                            f"{LESS_MEMORY}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+            raise UserError(f"a process of the benchmark died, possibly out of memory; {LESS_MEMORY}") from None
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def close(self) -> None:
         self.pipe.close()
         self.process.join()
 
 
+class _Worker:
+    """What runs in the process of a `Side`: it keeps the prepared lap between requests."""
+
+    lap: Lap | None = None
+    setting: Setting | None = None
+
+    def handle(self, request: str, *arguments: Any) -> Any:
+        if request == PREPARE:
+            prepare, self.setting = arguments
+            self.lap = prepare(self.setting)
+            return self.lap.items, self.lap.facts
+        if request == RUN:
+            start = time.perf_counter()
+            self.lap.run()
+            return time.perf_counter() - start
+        self.lap = None
+        return self.setting.free_memory()
+
+
 def _serve(pipe: Any, keeps_memory: bool) -> None:
+    """Handle requests until the other end of the pipe is closed."""
     if keeps_memory:
         reuse_memory()
-    lap = setting = None
-
-    def answer(what: str, *arguments: Any) -> Any:
-        nonlocal lap, setting
-        if what == PREPARE:
-            prepare, setting = arguments
-            lap = prepare(setting)
-            return lap.items, lap.facts
-        if what == RUN:
-            start = time.perf_counter()
-            lap.run()
-            return time.perf_counter() - start
-        lap = None
-        return setting.give_back()
-
+    worker = _Worker()
     while True:
         try:
-            message = pipe.recv()
+            request = pipe.recv()
             try:
                 with enough_memory(LESS_MEMORY):
-                    found = answer(*message)
+                    result = worker.handle(*request)
             except UserError as error:
-                found = error
-            except Exception:  # as text, since not every error can travel
-                found = RuntimeError(f"in a process of the benchmark:\n{traceback.format_exc()}")
-            pipe.send(found)
-        except (EOFError, OSError):  # the other end is closed: all is done
+                result = error
+            except Exception:  # as text, because not every error can be sent
+                result = RuntimeError(f"in a process of the benchmark:\n{traceback.format_exc()}")
+            pipe.send(result)
+        except (EOFError, OSError):
             return
 
 
 class Sides:
-    """The processes that have been needed so far; they stay for the next race, for their start takes seconds."""
+    """The processes of all races so far. They stay for the next race, because their start takes seconds."""
 
     def __init__(self) -> None:
         self.open: dict[tuple, Side] = {}
 
     def of(self, race: Race) -> dict[str, Side]:
-        """By name; `as_shipped` is missing where our way does not use memory otherwise than any script."""
+        """Return the sides of a race by name; `as_shipped` only if our way uses memory differently from any script."""
         wanted = {"ours": race.keeps_memory, "baseline": race.keeps_memory}
         if race.keeps_memory:
             wanted["as_shipped"] = False
@@ -167,26 +173,26 @@ class Sides:
 
 
 def compete(race: Race, setting: Setting, rounds: int, sides: Sides) -> dict:
-    """The row of a race: medians of each side, and of the ratios of neighbouring laps with their range."""
+    """Return the row of a race: the median of each side, and median and range of the ratios of neighbouring laps."""
     racing = sides.of(race)
     for name, side in racing.items():
-        side.tell(PREPARE, race.ours if name == "ours" else race.baseline, setting)
-    prepared = {name: side.answer() for name, side in racing.items()}
-    row = turns({name: partial(side.ask, RUN) for name, side in racing.items()}, prepared, race.unit, rounds)
+        side.send(PREPARE, race.ours if name == "ours" else race.baseline, setting)
+    prepared = {name: side.receive() for name, side in racing.items()}
+    row = turns({name: partial(side.call, RUN) for name, side in racing.items()}, prepared, race.unit, rounds)
     for side in racing.values():
-        side.ask(FORGET)
+        side.call(FORGET)
     return row
 
 
 def turns(laps: dict[str, Callable[[], float]], prepared: dict[str, tuple[int, dict]], unit: str, rounds: int) -> dict:
-    """Run every side's lap in turn, a first time to warm up; seconds of a lap are what it returns.
+    """Run the laps of all sides in turn, first to warm up, then at least `rounds` times. A lap returns its seconds.
 
-    Short laps get more rounds than these, until `ENOUGH` seconds or `MOST_ROUNDS`.
+    Short laps get more rounds, until `ENOUGH_SECONDS` or `MOST_ROUNDS`.
     """
     scale = 1000 if unit.startswith("ms") else 1
     times: dict[str, list[float]] = {name: [] for name in laps}
     spent, number = 0.0, 0
-    while number <= rounds or (spent < ENOUGH and number <= MOST_ROUNDS):
+    while number <= rounds or (spent < ENOUGH_SECONDS and number <= MOST_ROUNDS):
         for name, lap in laps.items():
             seconds = lap()
             if number:
@@ -209,19 +215,19 @@ def turns(laps: dict[str, Callable[[], float]], prepared: dict[str, tuple[int, d
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result from a new process that keeps its memory, as the scripts that need torch do."""
+    """Return the function's result from a new process that keeps its memory, as the scripts that need torch do."""
     with ProcessPoolExecutor(1, get_context("spawn"), reuse_memory) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result from a new process as it comes, whose libraries use one thread."""
+    """Return the function's result from a new process with default use of memory and one thread."""
     with single_threaded(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def plain_row(ours: float, baseline: float | None, unit: str, ratios: Sequence[float] = (), **facts: Any) -> dict:
-    """A row that no race made; where memory is used alike both ratios are the same one."""
+    """Return a row without a race. Both ratios are equal, because both sides use memory in the same way."""
     ratios = sorted(ratios)
     middle, span = (statistics.median(ratios), [ratios[0], ratios[-1]]) if ratios else (None, None)
     return {"ours": ours, "baseline": baseline, "unit": unit, "ratio_same_allocator": middle,

@@ -1,8 +1,8 @@
-"""How fast could it be? What the machine can do at most, and the least time that it would need for a piece of work.
+"""Measure how fast this machine can be at most, and estimate the shortest possible time of a task (its roofline).
 
     work    the operations of a task, each with its FLOP and the bytes that it must read and write
     bound   the sum over operations of FLOP / peak FLOP a second or bytes / peak bytes a second, whichever is longer
-            (Williams et al. 2009); a compiler that joins operations may be faster than this
+            (Williams et al. 2009); a compiler that joins operations may be faster
 """
 
 import time
@@ -19,16 +19,16 @@ from torch.utils.flop_counter import flop_registry
 from common.devices import has_bf16
 from tools.benchmark.race import Setting
 
-Work = list[tuple[str, float, float]]  # of each operation the dtype, FLOP and bytes
+Work = list[tuple[str, float, float]]  # dtype, FLOP and bytes of each operation
 
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # touch nothing
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # move no bytes
 OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_", "bernoulli_", "normal_", "random_",
-              "uniform_"}  # do not read what they write to
-LOOKUPS = {"index", "index_select", "gather"}  # read as much of their first argument as they return
+              "uniform_"}  # do not read the tensor that they write
+LOOKUPS = {"index", "index_select", "gather"}  # read only as much of their first argument as they return
 
 
 class Operations(TorchDispatchMode):
-    """Notes the work of every operation that is called while it is open."""
+    """A context that records the work of every operation in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def moved(function: Any, args: tuple, kwargs: dict, result: Any) -> int:
-    """Bytes that an operation must read and write: its arguments, those that it changes once more, its results."""
+    """Return the bytes that an operation must move: arguments read, arguments written, and results."""
     name = function._schema.name.removeprefix("aten::")
     if name in ALLOCATIONS:
         return 0
@@ -68,6 +68,7 @@ def moved(function: Any, args: tuple, kwargs: dict, result: Any) -> int:
 
 
 def work_of(task: Callable[[], Any]) -> Work:
+    """Run a task and return its work."""
     with Operations() as operations:
         task()
     return operations.work
@@ -78,14 +79,14 @@ def flop(work: Work) -> float:
 
 
 def bound(work: Work, peaks: dict[str, float]) -> float:
-    """Seconds."""
+    """Return the shortest possible seconds of a work."""
     return sum(max(flop / peaks.get(dtype, peaks["float32"]), size / peaks["bytes"]) for dtype, flop, size in work)
 
 
 def peaks(setting: Setting) -> dict[str, float]:
-    """FLOP a second in float32 (not TF32) and, where the hardware has it, bfloat16, and bytes a second.
+    """Measure FLOP a second in float32 (not TF32) and in bfloat16 if the hardware has it, and bytes a second.
 
-    The best of several tries each. Emulated bfloat16 is a hundred times slower than float32, so it is no peak.
+    Each is the best of several tries. Emulated bfloat16 does not count, because it is a hundred times slower.
     """
     torch.backends.cudnn.allow_tf32 = False
     device, small = torch.device(setting.device), setting.device == "cpu"
@@ -108,7 +109,7 @@ def peaks(setting: Setting) -> dict[str, float]:
         found[str(dtype).removeprefix("torch.")] = max(
             best(lambda a=a, b=b: a @ b, 2 * side**3),
             best(lambda x=x, weight=weight: conv2d(x, weight, padding=1), 2 * x.numel() * 256 * 9))
-    source = torch.ones(2**26 if small else 2**28, device=device)  # written, for memory that never was is not there
+    source = torch.ones(2**26 if small else 2**28, device=device)  # written: memory exists from then on
     target = torch.ones_like(source)
     found["bytes"] = best(lambda: target.copy_(source), 2 * source.nbytes)
     return found

@@ -1,6 +1,6 @@
-"""What training costs: an epoch of the report, and how a step's time and memory grow with crop, batch, width and tiles.
+"""Measure the cost of training: an epoch of the report, and how time and memory grow with crop, batch, width and tiles.
 
-Every size is measured in a process of its own, so that its peak of memory is its own.
+Each size is measured in a new process, so that its peak memory is not that of another size.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from training import epochs, training_set
 from training.batches import batches_on, store_on
 from training.learner import build_learner
 
-SIZES: dict[str, list[dict[str, Any]]] = {  # of a step; the others are the report's
+SIZES: dict[str, list[dict[str, Any]]] = {  # of a training step; sizes that are not listed are the report's
     "crop": [{"size": size} for size in (128, 192, 256, 384, 512)],
     "batch": [{"batch": batch} for batch in (1, 4, 8, 16, 32)],
     "widths": [{"widths": tuple(first * 2**level for level in range(levels))}
@@ -33,7 +33,7 @@ REPORT = {"size": 256, "batch": 16, "widths": Model.widths}
 
 
 def timed(task: Callable[[], Any], setting: Setting, rounds: int) -> float:
-    """The median of seconds, after a first time that does not count."""
+    """Return the median time in seconds; the first call does not count."""
     seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -44,7 +44,7 @@ def timed(task: Callable[[], Any], setting: Setting, rounds: int) -> float:
 
 
 def step_row(setting: Setting, size: int, batch: int, widths: tuple[int, ...]) -> dict:
-    """Milliseconds an image, and MB: the GPU's peak, or the whole process's."""
+    """Measure the time per image in ms, and the peak memory in MB: of the GPU, or of the whole process on a CPU."""
     steps = 20 if setting.device == "cuda" else 1
     task = trainer(setting.device, batch, steps, size, widths, compiled=setting.device == "cuda")
     seconds = timed(task, setting, 1 if setting.quick else 3)
@@ -55,7 +55,7 @@ def step_row(setting: Setting, size: int, batch: int, widths: tuple[int, ...]) -
 
 
 def crops_row(setting: Setting, tiles: int) -> dict:
-    """Milliseconds a crop where so many tiles lie."""
+    """Measure the time per crop in ms, in a store of `tiles` tiles."""
     device = torch.device(setting.device)
     store, crops = store_on(device, random_store(tiles)), random_crops(1600, tiles)
     seconds = timed(lambda: [None for _ in batches_on(device, crops, store, Train.batch_size)], setting, 3)
@@ -67,7 +67,7 @@ def scaling(setting: Setting) -> Iterator[dict]:
     cases = [(f"scaling_{what}_{'_'.join(map(str, np.ravel(list(case.values()))))}", step_row,
               tuple((REPORT | case).values())) for what, cases in SIZES.items() for case in cases]
     cases += [(f"scaling_tiles_{tiles}", crops_row, (tiles,)) for tiles in TILES]
-    measured: dict[tuple, dict] = {}  # the report's sizes lie on three of the curves
+    measured: dict[tuple, dict] = {}  # the report's sizes belong to three of the curves
     with Progress("scaling", len(cases), "size") as progress:
         for name, function, arguments in cases:
             if arguments not in measured:
@@ -77,7 +77,7 @@ def scaling(setting: Setting) -> Iterator[dict]:
 
 
 def epoch(setting: Setting, plan: Train, model: Model, tiles: int) -> dict:
-    """Seconds of an epoch as train.py runs it; the first one, which compiles, does not count."""
+    """Measure the time of an epoch of train.py in s; the first epoch, which compiles, does not count."""
     config = Config(device=setting.device, model=model, train=replace(plan, compile=setting.device == "cuda"))
     learner = build_learner(config, STATISTICS)
     store = store_on(learner.device, random_store(tiles))

@@ -1,0 +1,125 @@
+"""training/epochs.py: an epoch equals the method written down plainly, and the survivor is chosen as in the report."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_equal, numpy_batches
+
+from common.config_files import apply_overrides
+from common.console import Progress, UserError
+from common.randomness import torch_seed
+from losses import make_loss
+from training import epochs
+from training.batches import copy_store
+from training.crops import draw_folds, training_crops, validation_crops
+from training.learner import build_learner
+from training.training_set import prepare_data
+
+
+def test_folds_start_from_one_snapshot_and_the_lowest_finite_loss_survives(tiny, monkeypatch):
+    """Fake passes return given validation losses, and each fold marks weights and Adam state with its number."""
+    data = prepare_data(tiny)
+    learner = build_learner(tiny, data.statistics)
+    learner.model(torch.randn(2, 3, 16, 16)).sum().backward()
+    learner.optimizer.step()  # so that the Adam states differ too
+    start, trained = learner.take_snapshot(), []
+
+    def fake_pass(learner, data, crops, batch_size, training, progress):
+        if not training:
+            return next(val_losses)
+        assert_equal(learner.state, start)
+        trained.append(1)
+        number = float(len(trained))
+        with torch.no_grad():
+            for parameter in learner.model.parameters():
+                parameter.fill_(number)
+                learner.optimizer.state[parameter]["exp_avg"].fill_(number)
+        return number
+
+    monkeypatch.setattr(epochs, "run_pass", fake_pass)
+    for losses, survivor in (([math.nan, 0.25], 1), ([0.25, math.nan], 0), ([0.25, 0.5], 0), ([0.5, 0.25], 1)):
+        val_losses = iter(losses)
+        learner.restore_snapshot(start)
+        trained.clear()
+        row = epochs.run_epoch(learner, data, tiny, epoch=1)
+        assert row["survivor"] == survivor and row["val_loss"] == 0.25 and row["train_loss"] == survivor + 1
+        for parameter in learner.model.parameters():
+            assert (parameter == survivor + 1).all()
+            assert (learner.optimizer.state[parameter]["exp_avg"] == survivor + 1).all()
+    val_losses = iter([math.nan, math.nan])
+    learner.restore_snapshot(start)
+    trained.clear()
+    with pytest.raises(UserError, match="epoch 2.*finite validation loss.*optim.lr"):
+        epochs.run_epoch(learner, data, tiny, epoch=2)
+
+
+def plain_epoch(config, data, epoch):
+    """The method without concern for speed: copies of whole state dicts, NumPy crops, the loss read at each step."""
+    learner = build_learner(config, data.statistics)
+    model, keys = learner.model, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
+    loss_of = make_loss(config.loss.name, torch.tensor(data.statistics.frequencies))
+    plan, folds = config.train, [data.rows[fold] for fold in draw_folds(
+        data.groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch)]
+    mean, std = (torch.tensor(values) for values in (data.statistics.mean, data.statistics.std))
+    start, results = copy.deepcopy(model.state_dict()), []
+    for fold in range(plan.folds):
+        model.load_state_dict(start)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay,
+                                     fused=True)
+        torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
+        losses = []
+        for training, crops in ((True, training_crops(folds, fold, *keys)),
+                                (False, validation_crops(folds, fold, *keys))):
+            model.train(training)
+            total = 0.0
+            for windows in numpy_batches(crops, data.store, plan.batch_size):
+                batch = torch.from_numpy(windows)
+                images = ((batch[..., :3] / 255 - mean) / std).permute(0, 3, 1, 2)
+                with torch.set_grad_enabled(training):
+                    loss = loss_of(model(images), batch[..., 3].long())
+                if training:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                total += loss.item() * len(batch)
+            losses.append(total / len(crops))
+        results.append((losses, copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())))
+    survivor = int(np.argmin([losses[1] for losses, _, _ in results]))
+    return survivor, *results[survivor], [losses[1] for losses, _, _ in results]
+
+
+@pytest.mark.parametrize("settings", [["loss.name=wce", "model.dropout=0.5"], ["loss.name=log_dice_ce"]])
+def test_an_epoch_equals_the_plain_one_bit_for_bit(tiny, settings):
+    """In float32 on a CPU. The losses differ a little, because `run_pass` sums them in float32."""
+    config = apply_overrides(tiny, [*settings, "train.batch_size=5"])  # the last batches are smaller
+    data = prepare_data(config)
+    learner = build_learner(config, data.statistics)
+    row = epochs.run_epoch(learner, data, config, epoch=3)
+    survivor, losses, model, optimizer, val_losses = plain_epoch(config, data, epoch=3)
+    assert row["survivor"] == survivor
+    assert (row["train_loss"], row["val_loss"]) == pytest.approx(losses, rel=1e-6)
+    assert [row[f"val_loss_{fold}"] for fold in range(2)] == pytest.approx(val_losses, rel=1e-6)
+    assert_equal(learner.model.state_dict(), model)
+    assert_equal(learner.optimizer.state_dict()["state"], optimizer["state"])
+
+
+def test_an_epoch_is_the_same_with_the_store_on_the_device(tiny):
+    data, results = prepare_data(tiny), []
+    for store in (data.store, copy_store(torch.device("cpu"), data.store)):
+        learner = build_learner(tiny, data.statistics)
+        results.append((epochs.run_epoch(learner, replace(data, store=store), tiny, 1), learner.state))
+    assert_equal(*results)
+
+
+def test_the_mean_loss_is_over_images_and_not_over_batches(tiny):
+    data = prepare_data(tiny)
+    learner = build_learner(tiny, data.statistics)
+    folds = [data.rows[fold] for fold in draw_folds(data.groups, 2, 14, 0, 1)]
+    crops = validation_crops(folds, 0, data.store.shape[1:3], 16, 0, 1)
+    with Progress("", 1) as progress:
+        losses = [epochs.run_pass(learner, data, crops, size, False, progress) for size in (7, 3, 1)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)

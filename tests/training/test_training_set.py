@@ -1,0 +1,63 @@
+"""training/training_set.py: statistics of the training tiles only, and warnings about groups and repeated tiles."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.config_files import apply_overrides
+from common.console import UserError
+from dataset import read_tiles
+from training.training_set import prepare_data, warn_about_repeats
+
+
+def test_statistics_are_those_of_the_training_tiles(tiny, tiles_root):
+    tiles = read_tiles(tiles_root)
+    for tile in tiles:
+        if tile.split == "test":
+            Image.new("RGB", (40, 48), "white").save(tiles_root / tile.image)
+    pixels = np.stack([np.asarray(Image.open(tiles_root / tile.image)) for tile in tiles if tile.split == "train"])
+    assert prepare_data(tiny).statistics.mean == pytest.approx(pixels.mean((0, 1, 2)) / 255)
+
+
+def test_a_list_without_test_tiles_is_rejected(tiny, tiles_root):
+    text = (tiles_root / "tiles.csv").read_text()
+    (tiles_root / "tiles.csv").write_text(text.replace(",test", ",train"))
+    with pytest.raises(UserError, match="tiles.csv.*split = test"):
+        prepare_data(tiny)
+
+
+def test_a_crop_that_is_larger_than_the_tiles_is_rejected_with_the_largest_possible_one(tiny):
+    with pytest.raises(UserError, match=r"data\.crop \(48\).*48 x 40.*data\.crop=40"):
+        prepare_data(apply_overrides(tiny, ["data.crop=48"]))
+
+
+def test_a_fold_that_repeats_its_tiles_often_gives_a_warning(tiny, capsys):
+    prepare_data(tiny)
+    assert "drawn" not in capsys.readouterr().err
+    prepare_data(apply_overrides(tiny, ["train.images_per_epoch=40"]))
+    warning = capsys.readouterr().err
+    assert "4 tiles for 20 images" in warning and "train.images_per_epoch" in warning
+    warn_about_repeats([np.arange(10), np.resize(np.arange(4), 10)])
+    warning = capsys.readouterr().err
+    assert "4 tiles for 10 images" in warning and "2.5 times" in warning
+
+
+def test_a_group_setting_that_disagrees_with_the_list_gives_a_warning(tiny, tiles_root, capsys):
+    prepare_data(tiny)
+    assert "groups" not in capsys.readouterr().err
+    for pattern in ("(\\d+)$", "^(patient)", "x*", "(z)?.*"):
+        prepare_data(apply_overrides(tiny, [f"data.group={pattern}"]))
+        warning = capsys.readouterr().err
+        assert f"data.group '{pattern}' finds other groups" in warning and "tiles.csv" in warning
+    prepare_data(apply_overrides(tiny, ["data.group="]))
+    assert "groups" not in capsys.readouterr().err
+
+
+def test_a_list_without_groups_gives_a_warning(tiny, tiles_root, capsys):
+    text = (tiles_root / "tiles.csv").read_text()
+    for slide in range(6):
+        text = text.replace(f",s{slide},", ",,")
+    (tiles_root / "tiles.csv").write_text(text)
+    prepare_data(tiny)
+    warning = capsys.readouterr().err
+    assert "no group of two tiles" in warning and "data.group" in warning
