@@ -99,7 +99,7 @@ def test_copies_are_found_by_content_and_dropped_where_asked(tmp_path):
     config = Config(data=Data(root=str(tmp_path), group=r"^(s\d)"))
     result = filter_tiles(config)
     assert result.copies == [["s0-0", "s3-7"]]
-    assert copies(result) == ["copies: 1 image under more than one key, 1 in more than one group"]
+    assert copies(result) == ["images with several keys: 1, in several groups: 1"]
     copy = next(tile for tile in result.tiles if tile.key == "s3-7")
     assert copy.split in SPLITS and copy.reason == "same image as s0-0"
     config = replace(config, filter=Filter(drop_duplicates=True))
@@ -109,7 +109,7 @@ def test_copies_are_found_by_content_and_dropped_where_asked(tmp_path):
 def test_of_copies_the_first_one_that_the_filter_keeps_stays():
     tiles = [replace(LIST[i], proposed=verdict) for i, verdict in enumerate(("misregistered", "", "", "unmarked"))]
     for drop, expected in ((False, ""), (True, "duplicate")):
-        marked, same = mark_copies(tiles, dict.fromkeys(range(4), b"x"), drop)
+        marked, same = mark_copies(tiles, [b"x"] * 4, drop)
         assert [tile.proposed for tile in marked] == ["misregistered", "", expected, "unmarked"]
         assert same == [["0", "1", "2", "3"]] and marked[3].reason == "same image as 0" and not marked[0].reason
 
@@ -130,7 +130,7 @@ def spoil(root):
     for folder, mode in (("frames/frame", "RGB"), ("masks/mask", "L")):
         Image.new(mode, (60, 60), 51 if mode == "L" else "purple").save(root / f"{folder}#5.png")
     Image.new("L", (40, 48)).save(root / "frames/frame#6.png")
-    return {"1": "not a readable image", "2": "not a readable image", "3": "grey 99 (1 pixel)", "4": "47 x 40",
+    return {"1": "not a readable image", "2": "not a readable image", "3": "99 (1 pixel)", "4": "47 x 40",
             "5": "60 x 60", "6": "must be 8-bit RGB"}
 
 
@@ -141,11 +141,11 @@ def test_corrupt_tiles_are_listed_and_stop_the_run_after_all_were_judged(tmp_pat
     (tmp_path / "x.yaml").write_text("data: {root: tiles}\n")
     run = ["data_filter.py", "--config", "x.yaml", "--workers", workers]
     out = here(*run, cwd=tmp_path)
-    assert out.returncode == 2 and "error: corrupt tiles, see above: 6 of 20" in out.stderr
+    assert out.returncode == 2 and "error: 6 of 20 tiles are corrupt" in out.stderr
     for key, reason in reasons.items():
         assert [line for line in out.stderr.splitlines() if f"#{key}.png" in line and reason in line], key
     assert "pairs: 20, of 48 x 40 pixels (height x width); 4 of them corrupt" in out.stdout, "the masks tell so far"
-    assert ", of no class 99 0.00%" in out.stdout
+    assert ", unknown 99 0.00%" in out.stdout
     assert not (tmp_path / "tiles/tiles.csv").exists()
     out = here(*run, "--skip-corrupt", cwd=tmp_path)
     assert out.returncode == 0, out.stderr
@@ -331,7 +331,7 @@ def test_verdicts_set_by_hand_survive_every_later_run(tmp_path, here):
         assert (tiles["b-above"].split, tiles["b-above"].proposed) == ("excluded", side["b"])
         assert {tile.group: tile.split for tile in tiles.values() if tile.split in SPLITS}.items() <= side.items()
         assert f"set by hand and kept (2): b-above ({side['b']} -> excluded), c-glass" in out.stdout
-    assert "## Set by hand" in (tmp_path / "tiles/filter/summary.md").read_text()
+    assert "## Manual verdicts" in (tmp_path / "tiles/filter/summary.md").read_text()
     assert config.data.classes[0] in (tmp_path / "tiles/filter/summary.md").read_text()
 
 
@@ -363,8 +363,8 @@ def test_the_report_shows_counts_groups_and_every_reason(tmp_path, here):
     for line in text.splitlines():
         if line.startswith("!["):
             assert (folder / line.rpartition("(")[2].rstrip(")")).stat().st_size > 5000
-    assert "copies: 1 image under more than one key, 1 in more than one group" in text
-    assert "warning: kept under more than one key: 1 image, e.g. a-good = b-above = c-good" in out.stderr
+    assert "images with several keys: 1, in several groups: 1" in text
+    assert "warning: kept images with several keys: 1, for example a-good = b-above = c-good" in out.stderr
 
 
 def test_sheets_go_from_the_threshold_outwards():
@@ -387,6 +387,6 @@ def test_the_list_of_an_earlier_version_is_read(tmp_path):
     (tmp_path / "tiles.csv").write_text("key,image,mask,group,foreground,blank,split\n" + "".join(
         f"{i},frames/frame#{i}.png,masks/mask#{i}.png,,0.5,0.01,{split}\n" for i, split in enumerate(SPLITS)))
     tiles = read_tiles(tmp_path)
-    assert [tile.split for tile in tiles] == list(SPLITS) and not any(tile.hand for tile in tiles)
+    assert [tile.split for tile in tiles] == list(SPLITS) and not any(tile.manual_verdict for tile in tiles)
     write_tiles(tmp_path / "tiles.csv", tiles)
     assert read_tiles(tmp_path) == tiles
