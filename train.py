@@ -4,11 +4,11 @@
     python train.py --config configs/dice_ce.yaml name=lr3 optim.lr=1e-3 data.root=data/demo
     python train.py --resume runs/dice_ce
 
-One epoch: deal the tiles into k folds and draw train.images_per_epoch / k from each. From the same start, train k
+One epoch: deal the slides into k folds and draw train.images_per_epoch / k from each. From the same start, train k
 models, each on k - 1 folds, and validate each on its remaining fold. The model with the lowest validation loss
 survives: its weights and Adam state start the next epoch. The moving average of its training loss drives the learning
 rate. A resumed run equals an uninterrupted one bit for bit (same machine, same number of threads), because randomness
-depends only on seed, epoch, fold and the tile's place in the fold.
+depends only on seed, epoch, fold and purpose.
 """
 
 import math
@@ -127,10 +127,10 @@ def reason_to_end(history: list[dict], config: Config) -> str:
 
 @contextmanager
 def explained_errors(folder: Path) -> Iterator[None]:
-    """Say how to continue after Ctrl-C or a full disk, and what to change for other errors. Clear untrained runs."""
+    """Turn errors of training into advice. Remove the files of a run that has no checkpoint, except after Ctrl-C."""
     advice = f"continue with: {command('python', 'train.py', '--resume', str(folder))}"
     try:
-        with enough_memory(LESS_MEMORY):
+        with enough_memory(LESS_MEMORY):  # here too, so that the files are removed after this error
             yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(advice) from None

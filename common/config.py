@@ -51,10 +51,10 @@ class Filter:
     sigma: float = 10.0  # pixels, the Gaussian that closes the gaps in tissue
     blank_intensity: float = 40.0  # smoothed inverted grey below this (of 255) is glass
     blank_reference: Literal["absolute", "maximum"] = "absolute"  # 255 (the text) or the tile's maximum (the code)
-    max_blank: float | None = 0.075  # share of glass in the annotated tissue; from here on a tile is misregistered
-    max_unmarked: float | None = None  # share of the tile that is tissue called background; from here on: unmarked
-    max_shift: float | None = None  # pixels by which the mask lies off; from here on, if certain, a tile is shifted
-    min_confidence: float = 0.5  # from here on a shift is certain
+    max_blank: float | None = 0.075  # misregistered: a tile with at least this share of glass in its annotated tissue
+    max_unmarked: float | None = None  # unmarked: at least this share of the tile is tissue that the mask leaves out
+    max_shift: float | None = None  # shifted: the mask lies off by at least this many pixels, with min_confidence
+    min_confidence: float = 0.5  # a shift with less confidence is ignored
     drop_duplicates: bool = False  # keep only the first of the tiles that show the same image
 
     def __post_init__(self):

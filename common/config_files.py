@@ -32,8 +32,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return apply_overrides(from_dict(values, str(path)), overrides)
 
 
-def apply_overrides(config: Config, overrides: Iterable[str], allowed: Sequence[str] = ()) -> Config:
-    """Return `config` with each `section.key=value` replaced. If keys are `allowed`, the others must not change."""
+def apply_overrides(config: Config, overrides: Iterable[str], allowed: Sequence[str] | None = None) -> Config:
+    """Return `config` with each `section.key=value` replaced. With `allowed`, any other setting is an error."""
     values, current = to_dict(config), dict(leaves(config))
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -41,7 +41,7 @@ def apply_overrides(config: Config, overrides: Iterable[str], allowed: Sequence[
         name = _current_name(name)
         if name not in current:
             raise UserError(f"command line: {_unknown(name)}")
-        if allowed and name not in allowed:
+        if allowed is not None and name not in allowed:
             raise UserError(f"command line: {name} belongs to what was trained; here only {', '.join(allowed)} may "
                             "change. To use another setting, start a new run with name=NAME")
         section, _, key = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Folders of results, such as RUN/evaluation, that are replaced whole, and only if they hold nothing else."""
+"""Folders of results, such as RUN/evaluation, that are replaced as a whole, and only if they hold nothing else."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def _exchange(target: Path, partial: Path, old: Path) -> None:
 def check_replaceable(folder: Path, reads: Iterable[Path] = (), sources: Sequence[Path] | None = None) -> None:
     """Raise a `UserError` unless `replacing_folder` wrote every file in `folder`, from `sources` if they are given.
 
-    Nor may a path that the caller `reads` lie in it.
+    `reads` are the inputs of the caller; none of them may lie in the folder.
     """
     advice = "move it away or choose another folder"
     if not folder.exists():

@@ -31,6 +31,7 @@ class Tally:
     soft_dice: np.ndarray | None = None  # (N,)
     calibration: np.ndarray | None = None  # (N, 3, BINS)
 
+
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     """Count the pixels (B, K, K) int64 of class [truth, prediction]; both (B, H, W) hold class indices."""
     tile = torch.arange(len(target), device=target.device)[:, None, None]

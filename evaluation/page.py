@@ -1,6 +1,6 @@
 """Write report.html: an evaluation as one page, with a gallery of the tiles.
 
-The page loads nothing: it contains its pictures as data: addresses, and its Content-Security-Policy forbids requests.
+Its pictures are embedded as `data:` URLs, and its Content-Security-Policy forbids every request.
 """
 
 import base64

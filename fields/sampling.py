@@ -67,6 +67,9 @@ def draw_pixels(candidate: Candidate, test_set: TestSet, count: int) -> Pixels:
     drawn = []
     for label in np.flatnonzero(frequencies):
         drawn += _pixels_of_class(test_set, label, count, levels, generator(seed, 0, label, "receptive field"))
+    if not drawn:
+        raise UserError(f"{candidate.name}: no pixel was found far enough from the borders of its "
+                        "tile; use more --pixels")
     order = generator(seed, 0, len(frequencies), "receptive field").permutation(len(drawn))
     tiles, corners, places, labels = (np.array(values)[order] for values in zip(*drawn, strict=True))
     return Pixels(tiles, corners, places, labels, frequencies / frequencies.sum())

@@ -35,8 +35,8 @@ def _reaches(value: float | None, limit: float | None) -> bool:
     return value is not None and limit is not None and value >= limit
 
 
-def measure_tile(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[str, float | None]:
-    """Return the measurements for tiles.csv of an image (H, W, 3) uint8 and its annotated tissue (H, W) bool.
+def measure_tile(image: np.ndarray, annotated: np.ndarray, limits: Filter) -> dict[str, float | None]:
+    """Return the measurements for tiles.csv of an image (H, W, 3) uint8; `annotated` (H, W) bool is not background.
 
     At least one pixel must be annotated. Line 8 of Algorithm 1 divides by the number of glass pixels, which always
     gives 1. The number of annotated pixels is meant and used here. `unmarked` is a share of the whole tile, because a
@@ -44,9 +44,10 @@ def measure_tile(image: np.ndarray, tissue: np.ndarray, limits: Filter) -> dict[
     """
     inverted = inverted_grey(image)
     glass = find_glass(inverted, limits)
-    shift_x, shift_y, confidence = misalignment(inverted, tissue, limits.sigma) or (None, None, None)
-    return {"blank": float(np.count_nonzero(glass & tissue) / np.count_nonzero(tissue)),
-            "unmarked": float(np.count_nonzero(~(glass | tissue)) / tissue.size),
+    shift_x, shift_y, confidence = misalignment(inverted, annotated, limits.sigma) or (None, None, None)
+    unmarked = ~glass & ~annotated  # the image shows tissue, the mask says background
+    return {"blank": float(np.count_nonzero(glass & annotated) / np.count_nonzero(annotated)),
+            "unmarked": float(np.count_nonzero(unmarked) / unmarked.size),
             "shift_x": shift_x, "shift_y": shift_y, "confidence": confidence}
 
 

@@ -10,21 +10,22 @@ from common.randomness import generator
 from dataset import places_by_group
 
 
-def draw_folds(groups: Sequence[str], folds: int, images_per_epoch: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Draw `folds` arrays of `images_per_epoch / folds` indices of tiles; no group is in two folds (section 5.1.2).
+def draw_folds(groups: Sequence[str], count: int, images_per_epoch: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Draw `count` folds of `images_per_epoch / count` indices of tiles; no group is in two folds (section 5.1.2).
 
     `groups` holds the group of each tile; "" means the tile alone. The groups are dealt in random order, each to the
     fold with the fewest tiles. A fold with more tiles than it needs uses some of them. One with fewer repeats them.
+    Raises a `UserError` if there are fewer groups than folds.
     """
     members = places_by_group([group or f"tile {i}" for i, group in enumerate(groups)])
-    if len(members) < folds:
-        raise UserError(f"{len(groups)} training tiles of {len(members)} groups cannot fill {folds} folds without a "
+    if len(members) < count:
+        raise UserError(f"{len(groups)} training tiles of {len(members)} groups cannot fill {count} folds without a "
                         f"shared group: set train.folds to at most {len(members)}, or add slides or patients")
     random = generator(seed, epoch, 0, "folds")
-    dealt: list[list[int]] = [[] for _ in range(folds)]
+    dealt: list[list[int]] = [[] for _ in range(count)]
     for i in random.permutation(len(members)):
         min(dealt, key=len).extend(members[i])
-    return [np.resize(random.permutation(tiles), images_per_epoch // folds) for tiles in dealt]
+    return [np.resize(random.permutation(tiles), images_per_epoch // count) for tiles in dealt]
 
 
 @dataclass(frozen=True)

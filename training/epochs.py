@@ -36,17 +36,19 @@ def run_pass(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int,
 
 def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -> dict:
     """Train and validate the k models of an epoch. Leave the survivor in `learner`, and return all losses."""
-    plan, keys = config.train, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
-    dealt = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch)
-    folds = [data.rows[fold] for fold in dealt]
-    start, survivor, survivor_state, lowest, val_losses = learner.take_snapshot(), None, None, math.inf, []
+    plan = config.train
+    places = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch)
+    folds = [data.rows[fold] for fold in places]  # rows of the store
+    window = data.store.shape[1:3], config.data.crop, config.seed, epoch
+    survivor, survivor_state, lowest, val_losses = None, None, math.inf, []
+    start = learner.take_snapshot()
     with Progress("", plan.folds * plan.images_per_epoch, "image") as progress:
         for fold in range(plan.folds):
             progress.title = f"epoch {epoch}/{plan.epochs} fold {fold + 1}/{plan.folds}"
             learner.restore_snapshot(start)
             torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
-            train_loss = run_pass(learner, data, training_crops(folds, fold, *keys), plan.batch_size, True, progress)
-            val_loss = run_pass(learner, data, validation_crops(folds, fold, *keys), plan.batch_size, False, progress)
+            train_loss = run_pass(learner, data, training_crops(folds, fold, *window), plan.batch_size, True, progress)
+            val_loss = run_pass(learner, data, validation_crops(folds, fold, *window), plan.batch_size, False, progress)
             val_losses.append(val_loss)
             if val_loss < lowest:  # false for NaN, which argmin would choose
                 lowest = val_loss
@@ -60,5 +62,5 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
 
 
 def moving_average(previous: float | None, value: float, alpha: float) -> float:
-    """Equation 1."""
+    """Return alpha * previous + (1 - alpha) * value (equation 1); the first value has no average before it."""
     return value if previous is None else (1 - alpha) * value + alpha * previous

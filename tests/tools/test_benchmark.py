@@ -256,14 +256,14 @@ def test_the_documented_names_exist_on_every_device():
 
 
 def test_rows_reach_the_terminal_and_the_file(tiles):
-    names = ["crops", "filter_verdicts"]
+    names = ["crops", "filter_check"]
     out = script("tools.benchmark", "--quick", "--only", *names, "--json", "speed.json", cwd=tiles)
     assert out.returncode == 0, out.stderr
     rows = json.loads((tiles / "speed.json").read_text())
     assert [row["name"] for row in rows] == names
     needed = {"name", "ours", "baseline", "unit", "ratio_same_allocator", "ratio_as_shipped"}
     assert all(needed <= row.keys() for row in rows)
-    assert rows[-1]["ours"] == 0 and all(np.isfinite(row["ratio_as_shipped"]) for row in rows[:-1])
+    assert all(np.isfinite(row["ratio_as_shipped"]) for row in rows)
     assert all(row["quick"] and row["device"] == "cpu" and row["peaks"]["bytes"] > 0 for row in rows)
     assert all(name in out.stdout for name in [*names, "GFLOP/s in float32", "do not quote"])
 

@@ -9,7 +9,8 @@ the range of the ratios. If our scripts keep memory for reuse (common/memory.py)
 `same` keeps memory too, column `shipped` does not. `roof` is the share of the hardware's limit (roofline.py).
 
     train_step       one step of the report's network on 16 crops of 256 x 256 (--quick: 4), ours from the store on
-    ..._channels_last, _bf16, _both   only with --only: the plain training step with these parts of ours
+    ..._channels_last, ..._bf16, ..._both
+                     only with --only: the plain training step with these parts of ours
     inference_512    500 x 500 tiles mirrored to 512 x 512, as evaluate.py does it with a thousand tiles or more;
                      ..._few: with fewer tiles; ..._float32: the exact mode
     ..._compiled     with --device cuda: train.compile=true, and compiled inference, which train.py and evaluate.py do
@@ -19,13 +20,12 @@ the range of the ratios. If our scripts keep memory for reuse (common/memory.py)
     crops            256 x 256 crops of 500 x 500 tiles as uint8 on one core, against a DataLoader that reads compressed
                      npz files and normalises its samples; crops_normalised: ours normalised too
     snapshot         copy weights and Adam state and put them back, against deepcopy
-    filter_check     Algorithm 1 on a decoded tile on one core, against scipy's float64 Gaussian, line by line
+    filter_check     Algorithm 1 on a decoded tile on one core, against the report's lines
     filter_pass      a tile from files to verdict on one core, against the original's way: decode, check, write what is
                      kept as compressed npz. Ours writes no npz, but also measures unmarked tissue and the mask's shift
     filter_judge     the same without npz on either side
     filter_workers   judge all tiles with one process and with two, including the start of the processes
     filter_memory    peak memory of the largest process that judges, for a tenth of the tiles and for all
-    filter_verdicts  verdicts of Algorithm 1 on borderline variants of the tiles that differ from the literal ones
     field_map        d logit / d input of one pixel of the report's network: on the smallest input that holds the field,
                      with a decoder that computes only the centre, channels last, bfloat16 if the hardware has it;
                      against float32 on a 256 x 256 input
@@ -51,8 +51,7 @@ from tools.benchmark.race import Race, Setting, Sides, compete, in_new_process
 
 PACKAGES = ("torch", "numpy", "scipy", "pillow", "monai", "segmentation-models-pytorch")
 PARTS = ("train_step_channels_last", "train_step_bf16", "train_step_both")
-QUICK = ("train_step", "inference_512", "crops", "snapshot", "filter_check", "filter_pass", "filter_verdicts",
-         "field_map")
+QUICK = ("train_step", "inference_512", "crops", "snapshot", "filter_check", "filter_pass", "field_map")
 ONLY_BY_NAME = {"cpu": ("epoch", "scaling", *PARTS), "cuda": PARTS}
 ROUNDS, QUICK_ROUNDS = 5, 2  # or more (race.py)
 

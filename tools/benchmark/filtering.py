@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from common.config import Config, Data, Filter
-from common.console import Progress
 from dataset import Tile, find_pairs, read_pair
 from filtering import pipeline
 from filtering.audit import find_glass, inverted_grey
@@ -153,34 +151,10 @@ def memory(setting: Setting) -> dict:
     return plain_row(many, few, f"MB for {count} and {count // 10} tiles", [few / many])
 
 
-def verdicts(setting: Setting) -> dict:
-    count = 100 if setting.quick else 2000
-    changed = alone(changed_verdicts, setting.root, count)
-    return plain_row(changed, 0, f"changed of {count} borderline verdicts")
-
-
-def changed_verdicts(root: Path, count: int) -> int:
-    """Count changed verdicts of tiles whose limit of blank lies on, just below or just above their own value."""
-    pairs, changed = with_tissue(root, 200), 0
-    with Progress("verdicts", count, "tile") as progress:
-        for number in range(count):
-            image, tissue = pairs[number % len(pairs)]
-            random = np.random.default_rng(number)
-            # a variant of the tile: another brightness, the mask moved; its limit lies a few pixels from its glass
-            image = np.clip(image.astype(int) + random.integers(-12, 13), 0, 255).astype(np.uint8)
-            tissue = np.roll(tissue, random.integers(-60, 61, 2), (0, 1))
-            share = np.count_nonzero(find_glass(inverted_grey(image), REPORT) & tissue) / np.count_nonzero(tissue)
-            nudge = random.integers(-2, 3) / np.count_nonzero(tissue)
-            limits = replace(REPORT, max_blank=min(1.0, max(0.0, share + nudge)))
-            changed += our_check(image, tissue, limits) != literal_check(image, tissue, limits)
-            progress.advance()
-    return int(changed)
-
-
 RACES = {
     name: Race(ours, plain, one_thread=True, keeps_memory=False) for name, ours, plain in (
         ("filter_check", partial(check, keep=our_check), partial(check, keep=literal_check)),
         ("filter_pass", our_pass, partial(plain_pass, npz=True)),
         ("filter_judge", our_pass, partial(plain_pass, npz=False)))
 }
-MEASUREMENTS = {"filter_workers": workers, "filter_memory": memory, "filter_verdicts": verdicts}
+MEASUREMENTS = {"filter_workers": workers, "filter_memory": memory}
