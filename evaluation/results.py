@@ -65,7 +65,7 @@ def results(evaluation: Evaluation) -> dict:
     constant, dice = metrics.best_constant(evaluation.tallies[0].confusion.sum(0))
     unit = "groups" if evaluation.groups else "tiles"
     intervals = (f"95 %, bootstrap of {bootstrap.RESAMPLES} samples of {unit}" if len(weights) > 1
-                 else f"none, they need at least {bootstrap.FEWEST_GROUPS} {unit}")
+                 else f"none, since they need {bootstrap.FEWEST_GROUPS} {unit}")
     return {
         "data_root": test_set.config.data.root, "tiles_identity": test_set.identity, "split": test_set.split,
         "tiles": len(test_set.tiles), "groups": evaluation.groups, "classes": list(evaluation.classes),
