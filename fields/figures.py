@@ -34,7 +34,7 @@ def fields(runs: Sequence[MeasuredRun], radii: Sequence[Sequence[float]]) -> Fig
 
     `radii` are those of each run, one for each of `ENERGIES`.
     """
-    figure = Figure(figsize=(3.3 * len(runs) + 1.2, 7.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(3.3 * len(runs) + 1.9, 7.6), dpi=120, layout="constrained")
     grid = figure.subplots(2, len(runs), squeeze=False)
     maps = [shares(run, TRAINED) for run in runs]
     centre, widest = max(8, *(1.4 * max(distances) for distances in radii)), max(map(len, maps)) / 2 + 3
