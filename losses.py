@@ -18,7 +18,7 @@ EPSILON = 1e-6
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Equation 2, or with weights 3 (negated): the weighted sum over pixels divided by the NUMBER of pixels.
+    """Return equation 2, or with weights 3 (negated): the weighted sum over pixels divided by their NUMBER.
 
     `torch.nn.CrossEntropyLoss(weight)` divides by the sum of the weights instead, so their scale has no effect there.
     """
@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None)
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
-    """Equation 9 for each tile: (B,), the mean over ALL classes of 2 sum(t p) / (sum t + sum p).
+    """Return equation 9 for each tile: (B,), the mean over ALL classes of 2 sum(t p) / (sum t + sum p).
 
     A class that is absent from the target scores 0. So a perfect prediction of a tile with two of three classes has
     0.667. The absent class's term has no gradient: a falsely predicted class costs only what it takes from the other
@@ -44,17 +44,17 @@ def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def dice(logits: Tensor, target: Tensor) -> Tensor:
-    """Equation 6: the negated soft Dice, from -1 (best) to 0."""
+    """Return equation 6: the negated soft Dice, from -1 (best) to 0."""
     return -soft_dice(logits, target).mean()
 
 
 def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
-    """Equation 7: cross-entropy plus Dice loss."""
+    """Return equation 7: cross-entropy plus Dice loss."""
     return cross_entropy(logits, target) + dice(logits, target)
 
 
 def log_dice_ce(logits: Tensor, target: Tensor) -> Tensor:
-    """Equation 12, corrected: cross-entropy minus the logarithm of the soft Dice score.
+    """Return equation 12, corrected: cross-entropy minus the logarithm of the soft Dice score.
 
     As printed, log(-DICE) + CE falls without bound as the overlap vanishes. The logarithm is of the batch's mean, as in
     equation 6, so unlike the other losses this one is not a mean over tiles.
@@ -71,7 +71,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def class_weights(frequencies: Tensor) -> Tensor:
-    """Equation 4: weights (K,) with sum 1, inversely proportional to the class frequencies (K,).
+    """Return equation 4: weights (K,) with sum 1, inversely proportional to the class frequencies (K,).
 
     The report's .525 .275 .200 give .181 .345 .474. Raises `ValueError` if a class does not occur.
     """

@@ -70,13 +70,13 @@ def check_arguments(parser: ArgumentParser, args: Namespace, runs: Sequence[str]
 
 
 def default_folder(candidates: Sequence["Candidate"], args: Namespace) -> Path:
-    """The output folder, named after what is measured and how."""
+    """Return the output folder, named after what is measured and how."""
     return arguments.output_folder(candidates, "receptive_field", "receptive_field", [
         mark(args.split, "test"), mark(args.precision, "auto"), mark(args.pixels, PIXELS, "pixels-{}")])
 
 
 def architectures(folders: Sequence[str], config: str | None, overrides: Sequence[str]) -> dict[str, Config]:
-    """The networks of a config or of runs, without weights; those of the report if neither is given."""
+    """Return the networks of a config or of runs, without weights; those of the report if neither is given."""
     if config:
         return {config: load_config(config, overrides)}
     if overrides:
@@ -100,7 +100,7 @@ def read_candidates(args: Namespace, runs: Sequence[str], overrides: Sequence[st
 
 
 def published_procedure(networks: dict[str, Config], candidates: Sequence["Candidate"]) -> str:
-    """What the report's procedure prints for trained models, and for these networks without training."""
+    """Return what the report's procedure prints for trained models, and for these networks without training."""
     import torch
 
     from fields.published import describe_published

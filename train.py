@@ -63,7 +63,8 @@ def resume(folder: Path, overrides: list[str]) -> None:
         data = prepare_data(config)
         learner = build_learner(config, data.statistics)
         if checkpoint:
-            if not (data.tiles == checkpoint.tiles and data.statistics.equals(checkpoint.statistics)):
+            if not (data.tiles_identity == checkpoint.tiles_identity
+                    and data.statistics.equals(checkpoint.statistics)):
                 raise UserError(f"{config.data.root}: the kept tiles, their groups or their split changed since this "
                                 "run began, so it cannot be continued; restore them, or start a new run with name=NAME")
             learner.restore_checkpoint(checkpoint)
@@ -87,8 +88,8 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
         for name in ("best", "last") if is_best else ("last",):
             checkpoints.save_checkpoint(
                 folder / "checkpoints" / f"{name}.pt", config=config, statistics=data.statistics, history=history,
-                tiles=data.tiles, model=learner.model.state_dict(), optimizer=learner.optimizer.state_dict(),
-                scheduler=learner.scheduler.state_dict())
+                tiles_identity=data.tiles_identity, model=learner.model.state_dict(),
+                optimizer=learner.optimizer.state_dict(), scheduler=learner.scheduler.state_dict())
         write_csv(folder / "metrics.csv", history)
         if time.monotonic() - drawn > SECONDS_BETWEEN_FIGURES:
             palette.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")

@@ -18,7 +18,7 @@ from common import geometry
 
 
 def block(in_channels: int, out_channels: int, dropout: float) -> nn.Sequential:
-    """Two padded 3x3 convolutions, each with its own dropout, batch norm and LeakyReLU; H and W do not change."""
+    """Build two padded 3x3 convolutions, each with its own dropout, batch norm and LeakyReLU; H and W stay."""
     layers = []
     for channels in (in_channels, out_channels):
         layers += [
@@ -48,21 +48,21 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, K, H, W). H and W must be multiples of `self.multiple`."""
+        """Turn normalised images (B, 3, H, W) into logits (B, K, H, W). `self.multiple` must divide H and W."""
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
             raise ValueError(f"a U-Net of {len(self.encoder)} levels needs heights and widths that are multiples of "
                              f"{self.multiple}, not {x.shape[-2]} x {x.shape[-1]}")
         return self.decode(self.encode(x))
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Normalised images to the features of each level; the last are the bottleneck's."""
+        """Return the features of each level for normalised images; the last are the bottleneck's."""
         features = [self.encoder[0](x)]                                              # (B, widths[0], H, W)
         for convolve in self.encoder[1:]:
             features.append(convolve(self.pool(features[-1])))                       # (B, widths[l], H/2^l, W/2^l)
         return features
 
     def decode(self, features: Sequence[Tensor]) -> Tensor:
-        """Features of each level to logits (B, K, H, W). All may be cut to the same part of the image."""
+        """Turn the features of each level into logits (B, K, H, W). All may be cut to the same part of the image."""
         *skips, x = features
         for level in reversed(range(len(skips))):
             x = torch.cat([skips[level], self.up[level](x)], dim=1)                  # (B, 2 widths[l], H/2^l, W/2^l)

@@ -15,12 +15,12 @@ from itertools import groupby
 
 
 def multiple(levels: int) -> int:
-    """Heights and widths of the input must be multiples of this number; it is also the number of alignments."""
+    """Return the number of which heights and widths of the input must be multiples; it also counts the alignments."""
     return 2 ** (levels - 1)
 
 
 def receptive_field(levels: int, position: int, path: int | None = None, ties: bool = False) -> tuple[int, int]:
-    """First and last input pixel that the output pixel at `position` depends on, along one axis, far from borders.
+    """Return the first and last input pixel that the output pixel at `position` sees on an axis, far from borders.
 
     `path` is the deepest path that is open (default: the bottleneck). With `ties` pooling passes the gradient only to
     the first of two pixels along the axis, as it does on a constant input, where all pixels are equal.
@@ -36,37 +36,37 @@ def receptive_field(levels: int, position: int, path: int | None = None, ties: b
 
 
 def _decoder_field(first: int, last: int, path: int) -> tuple[int, int]:
-    """The pixels at the level of `path` on which the output pixels from `first` to `last` depend."""
+    """Return the pixels at the level of `path` on which the output pixels from `first` to `last` depend."""
     for _ in range(path - 1):
         first, last = (first - 2) // 2, (last + 2) // 2  # a block of the decoder, then `up`
     return first, last
 
 
 def size(levels: int, position: int, path: int | None = None, ties: bool = False) -> int:
-    """Pixels of the field along one axis."""
+    """Return the pixels of the field along one axis."""
     first, last = receptive_field(levels, position, path, ties)
     return last - first + 1
 
 
 def area(levels: int, path: int | None = None) -> float:
-    """Pixels of the two-dimensional field, the mean over all alignments."""
+    """Return the pixels of the two-dimensional field, the mean over all alignments."""
     return (sum(size(levels, p, path) for p in range(multiple(levels))) / multiple(levels)) ** 2
 
 
 def box(levels: int) -> tuple[int, int]:
-    """First and last pixel of all fields together, counted from the output pixel: the first is negative."""
+    """Return the first and last pixel of all fields together, counted from the output pixel: the first is negative."""
     fields = [receptive_field(levels, p) for p in range(multiple(levels))]
     return min(first - p for p, (first, _) in enumerate(fields)), max(last - p for p, (_, last) in enumerate(fields))
 
 
 def reach(levels: int) -> int:
-    """The largest distance along an axis, in pixels, at which an output pixel still sees the input."""
+    """Return the largest distance along an axis, in pixels, at which an output pixel still sees the input."""
     low, high = box(levels)
     return max(-low, high)
 
 
 def alignments(levels: int) -> list[tuple[list[int], int, int]]:
-    """The alignments that share a field, and the field's first and last pixel, counted from alignment 0."""
+    """Return the alignments that share a field, and the field's first and last pixel from alignment 0."""
     by_field = groupby(range(multiple(levels)), key=lambda p: receptive_field(levels, p))
     return [(list(members), first, last) for (first, last), members in by_field]
 
@@ -81,7 +81,7 @@ class Cut:
 
 
 def smallest_cut(levels: int) -> Cut:
-    """The cut for output pixels of every alignment: what lies outside it cannot change their logits.
+    """Return the cut for output pixels of every alignment: what lies outside it cannot change their logits.
 
     It consists of blocks of 2^(levels - 1) pixels, which are single pixels at the deepest level.
     """
@@ -94,7 +94,7 @@ def smallest_cut(levels: int) -> Cut:
 
 
 def unpadded(levels: int, length: int, canvas: bool = True) -> list[bool]:
-    """Which output pixels (length,) along a tile's axis have a field inside the canvas, or else inside the tile."""
+    """Return which output pixels (length,) of a tile's axis have a field inside the canvas, or else the tile."""
     margin = -length % multiple(levels)
     before = margin // 2
     low, high = (0, length + margin) if canvas else (before, before + length)
@@ -103,6 +103,6 @@ def unpadded(levels: int, length: int, canvas: bool = True) -> list[bool]:
 
 
 def padded_share(levels: int, height: int, width: int, canvas: bool = True) -> float:
-    """Share of a tile's output pixels whose field leaves the canvas, or else the tile."""
+    """Return the share of a tile's output pixels whose field leaves the canvas, or else the tile."""
     rows, columns = (sum(unpadded(levels, length, canvas)) for length in (height, width))
     return 1 - rows * columns / (height * width)

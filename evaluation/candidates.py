@@ -41,7 +41,7 @@ class Candidate:
     device: torch.device
 
     # of a model
-    trained_on: str | None = None  # the identity of its list of tiles (dataset.identity)
+    tiles_identity: str | None = None  # dataset.identity of the list of tiles that it was trained with
     predictor: Predictor | None = None
     model: UNet | None = None  # the network that the predictor runs
     statistics: Statistics | None = None  # of its training tiles
@@ -129,7 +129,7 @@ def candidate_of_run(path: Path, which: str, overrides: Sequence[str], flips: bo
     if not in_run_folder or file.name != "best.pt":
         name = f"{name} ({file.stem})"
     history = run_folder.read_metrics(folder) if in_run_folder else []
-    return Candidate(name, config, file, device, trained_on=checkpoint.tiles,
+    return Candidate(name, config, file, device, tiles_identity=checkpoint.tiles_identity,
                      predictor=predictor_of(model, checkpoint.statistics, flips, dtype, many=False), model=model,
                      statistics=checkpoint.statistics, flips=flips, precision=dtype, run=folder,
                      epoch=checkpoint.epoch, history=tuple(history or checkpoint.history))
@@ -159,8 +159,9 @@ def _config_of_run(folder: Path, checkpoint: checkpoints.Checkpoint, overrides: 
     current = load_config(path) if path.exists() else checkpoint.config
     may_differ = [name for name, _ in leaves(current) if not MUST_AGREE.match(name)]
     checkpoints.reject_other_settings(current, checkpoint, may_differ)
-    of_run = [f"data.root={current.data.root}", f"device={current.device}"]
-    return apply_overrides(checkpoint.config, [*of_run, *overrides], allowed=MAY_CHANGE)
+    data = replace(checkpoint.config.data, root=current.data.root)
+    config = replace(checkpoint.config, data=data, device=current.device)
+    return apply_overrides(config, overrides, allowed=MAY_CHANGE)
 
 
 def candidate_of_labels(pattern: str, config: Config, tiles: Sequence[Tile]) -> Candidate:

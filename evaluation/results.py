@@ -67,7 +67,7 @@ def results(evaluation: Evaluation) -> dict:
     intervals = (f"95 %, bootstrap of {bootstrap.RESAMPLES} samples of {unit}" if len(weights) > 1
                  else f"none, since they need {bootstrap.FEWEST_GROUPS} {unit}")
     return {
-        "data_root": test_set.config.data.root, "tiles_identity": test_set.identity, "split": test_set.split,
+        "data_root": test_set.config.data.root, "tiles_identity": test_set.tiles_identity, "split": test_set.split,
         "tiles": len(test_set.tiles), "groups": evaluation.groups, "classes": list(evaluation.classes),
         "doubts": test_set.caveats, "surface_dice_tolerance_px": evaluation.tolerance, "intervals": intervals,
         "best_constant": {"class": evaluation.classes[constant], "dice_mean": json_number(dice)},

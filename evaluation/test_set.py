@@ -21,7 +21,7 @@ class TestSet:
     tiles: list[Tile]
     rows: list[int]  # of the tiles in the store
     store: np.ndarray  # (n, H, W, 4) uint8: red, green, blue and class
-    identity: str  # of the list of tiles (dataset.identity)
+    tiles_identity: str  # dataset.identity of the list of tiles
     caveats: list[str]  # reasons why the scores may be too high
 
 
@@ -42,17 +42,17 @@ def open_test_set(candidates: Sequence[Candidate], split: str) -> TestSet:
     tiles, rows = tiles_of_split(first.config, split)
     for other in candidates[1:]:
         _check_comparable(first, other)
-    list_identity = identity(tiles)
+    tiles_identity = identity(tiles)
     caveats = [f"{first.config.data.root}/{TILE_LIST} has changed since {candidate.name} was trained; some test tiles "
                "may have been training tiles."
-               for candidate in candidates if candidate.trained_on not in (None, list_identity)]
-    if split != "test" and any(candidate.trained_on == list_identity for candidate in candidates):
+               for candidate in candidates if candidate.tiles_identity not in (None, tiles_identity)]
+    if split != "test" and any(candidate.tiles_identity == tiles_identity for candidate in candidates):
         caveats.append(f"Split {split} contains training tiles. Only test tiles show how a model performs on new "
                        "tiles.")
     for caveat in caveats:
         warn(caveat)
     store = open_store(Path(first.config.data.root), tiles, first.config.data.mask_values)
-    return TestSet(first.config, split, [tiles[i] for i in rows], rows, store.pixels, list_identity, caveats)
+    return TestSet(first.config, split, [tiles[i] for i in rows], rows, store.pixels, tiles_identity, caveats)
 
 
 def _check_comparable(first: Candidate, other: Candidate) -> None:

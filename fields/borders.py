@@ -69,23 +69,23 @@ def measure_border(candidate: Candidate, test_set: TestSet) -> Border:
 
 
 def _bands(height: int, width: int) -> np.ndarray:
-    """(height, width) the band of every pixel."""
+    """Return the band of every pixel (height, width)."""
     rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))
     return np.digitize(np.minimum.outer(rows, columns), DISTANCES) - 1
 
 
 def _count(bands: np.ndarray) -> np.ndarray:
-    """(D,) pixels in each band."""
+    """Return the pixels in each band (D,)."""
     return np.bincount(bands.ravel(), minlength=len(DISTANCES))
 
 
 def _confusion(labels: np.ndarray, target: np.ndarray, classes: int) -> np.ndarray:
-    """(K, K) confusion counts of pixels (n,)."""
+    """Return the confusion counts (K, K) of pixels (n,)."""
     prediction, truth = (torch.from_numpy(values.astype(np.int64)).reshape(1, -1, 1) for values in (labels, target))
     return metrics.confusion(prediction, truth, classes)[0].numpy()
 
 
 def _crop_start(levels: int, length: int, crop: int) -> int:
-    """Where the central crop begins so that its pixels keep their alignment; 0 or less if nothing surrounds it."""
+    """Return where the central crop begins if its pixels keep their alignment; at most 0 if nothing surrounds it."""
     before = (-length % multiple(levels)) // 2
     return (before + (length - crop) // 2) // multiple(levels) * multiple(levels) - before

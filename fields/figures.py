@@ -24,13 +24,13 @@ SHARE_OF_GRADIENT = "share of the mean |gradient|"
 
 
 def shares(run: MeasuredRun, condition: Condition, inside: int | None = None) -> np.ndarray:
-    """A map (D, D) with sum 1, so that models whose logits have other scales can be compared; a map of zeros stays."""
+    """Return the map (D, D) with sum 1, since models have logits of different scales; a map of zeros stays."""
     strength = run.fields[condition].map(inside, None)
     return strength / (strength.sum() or 1)
 
 
 def fields(runs: Sequence[MeasuredRun], radii: Sequence[Sequence[float]]) -> Figure:
-    """Figure 12 on one scale: above the centre of each map, linear; below the whole map, logarithmic.
+    """Draw figure 12 on one scale: above the centre of each map, linear; below the whole map, logarithmic.
 
     `radii` are those of each run, one for each of `ENERGIES`.
     """
@@ -73,13 +73,13 @@ def _draw_map(axis: Axes, strength: np.ndarray, norm: Normalize) -> AxesImage:
 
 
 def _log_norm(strengths: Sequence[np.ndarray]) -> LogNorm:
-    """One scale for all maps: from the strongest pixel down six powers of ten."""
+    """Return one scale for all maps: from the strongest pixel down six powers of ten."""
     highest = max(strength.max() for strength in strengths) or 1
     return LogNorm(highest * 1e-6, highest, clip=True)
 
 
 def profiles(runs: Sequence[MeasuredRun]) -> Figure:
-    """The maps along both axes through the output pixel, before and after training, with the Gaussian fit."""
+    """Draw the maps along both axes through the output pixel, before and after training, with the Gaussian fit."""
     figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
     for axis, direction in zip(figure.subplots(1, 2, sharey=True), ("across", "down"), strict=True):
         lines, highest = [], 0
@@ -111,7 +111,7 @@ def profiles(runs: Sequence[MeasuredRun]) -> Figure:
 
 
 def inputs(runs: Sequence[MeasuredRun]) -> Figure:
-    """The maps of each run inside each class and on each input, on one logarithmic scale."""
+    """Draw the maps of each run inside each class and on each input, on one logarithmic scale."""
     maps = []
     for run in runs:
         row = [(condition.input if inside is None else run.class_names[inside], shares(run, condition, inside))
@@ -136,7 +136,7 @@ def inputs(runs: Sequence[MeasuredRun]) -> Figure:
 
 
 def path_shares(runs: Sequence[tuple[str, Sequence[dict]]]) -> Figure:
-    """Two shares of each path as bars; for each run its name and its rows of paths.csv."""
+    """Draw two shares of each path as bars; for each run its name and its rows of paths.csv."""
     figure = Figure(figsize=(11, 1.6 + 0.28 * sum(len(rows) for _, rows in runs)), dpi=110, layout="constrained")
     columns = {"gradient_x_activation": "share of |gradient x activation|",
                "energy_alone": "energy of its gradient as a share of the whole"}
@@ -155,7 +155,7 @@ def path_shares(runs: Sequence[tuple[str, Sequence[dict]]]) -> Figure:
 
 
 def border_accuracy(runs: dict[str, dict]) -> Figure:
-    """Accuracy by distance to the border, and what crops alone lose; for each run its "border" in fields.json."""
+    """Draw accuracy by distance to the border, and what crops alone lose; `runs` holds "border" of fields.json."""
     figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
     panels = [("tile", "accuracy, on other tissue at each distance",
                {name: border["by_distance"] for name, border in runs.items()}),

@@ -76,7 +76,7 @@ def measure_run(candidate: Candidate, test_set: TestSet, pixels: Pixels) -> dict
 
 
 def untrained_model(candidate: Candidate, inputs: Inputs, count: int) -> UNet:
-    """The network with the weights that training began with, in evaluation mode.
+    """Return the network with the weights that training began with, in evaluation mode.
 
     Its batch norms get their mean and variance from these inputs, with dropout, as in training. With the initial mean 0
     and variance 1, the signal of every level would be fainter than it ever is in training.
@@ -126,13 +126,13 @@ def measure_field(model: UNet, inputs: Inputs, pixels: Pixels, by_path: bool, pr
 
 
 def rings_around(radius: int) -> np.ndarray:
-    """(D, D) the ring of every pixel of a map: ring i is farther than (i - 1) / 4 pixels and at most i / 4."""
+    """Return the ring of every pixel of a map (D, D): ring i is farther than (i - 1) / 4 pixels and at most i / 4."""
     steps = np.arange(-radius, radius + 1)
     return np.ceil(RINGS * np.hypot(*np.meshgrid(steps, steps, indexing="ij"))).astype(np.int64)
 
 
 def _centred(values: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
-    """Values (cut, cut) moved into a map (side, side) whose centre is the pixel at `place`; zero elsewhere."""
+    """Move values (cut, cut) into a map (side, side) whose centre is the pixel at `place`; zero elsewhere."""
     centred = np.zeros((side, side), values.dtype)
     top, left = side // 2 - place  # of the cut in the map; the field lies inside both
     height, width = values.shape
@@ -142,7 +142,7 @@ def _centred(values: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
 
 
 def gradients(model: UNet, images: Tensor, places: Tensor, by_path: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each class, d logit / d input by each path (P, B, C, cut, cut), and sum |gradient x activation| (P, B).
+    """Yield for each class d logit / d input by path (P, B, C, cut, cut) and sum |gradient x activation| (P, B).
 
     `images` (B, C, cut, cut) are normalised cuts with the pixels at `places` (B, 2). The model is in evaluation mode.
     Without `by_path` the first result is the gradient of the whole network (1, B, C, cut, cut), which is faster.

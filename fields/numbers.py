@@ -51,13 +51,13 @@ class MeasuredRun:
         return {None: ALL, **dict(enumerate(self.candidate.config.data.classes))}
 
     def classes_measured(self, condition: Condition) -> list[int | None]:
-        """None for all pixels, then the classes that some pixels have; zeros and noise have no classes."""
+        """Return None for all pixels, then the classes that some pixels have; zeros and noise have no classes."""
         classes = np.unique(self.fields[condition].pixels.classes).tolist()
         return [None, *classes] if condition.input == "tiles" else [None]
 
 
 def contents(runs: Sequence[MeasuredRun]) -> dict:
-    """The contents of fields.json; `plain` turns NaN into null."""
+    """Return the contents of fields.json; `plain` turns NaN into null."""
     return {"radii": "smallest disc that holds 50, 90 and 95 % of the squared gradient, in steps of a quarter pixel",
             "area_share": "the disc of r95 as a share of the theoretical field's area, mean over alignments",
             "intervals": f"95 %, bootstrap of {bootstrap.RESAMPLES} samples of groups",
@@ -70,7 +70,7 @@ def _run_contents(run: MeasuredRun) -> dict:
         "name": run.name, "source": str(candidate.source), "epoch": candidate.epoch,
         "loss": candidate.config.loss.name, "widths": list(candidate.config.model.widths),
         "data_root": test_set.config.data.root, "split": test_set.split,
-        "tiles_identity": test_set.identity, "doubts": test_set.caveats,
+        "tiles_identity": test_set.tiles_identity, "doubts": test_set.caveats,
         "precision": str(candidate.precision).removeprefix("torch."), "device": str(candidate.device),
         "theory": {
             "alignments": [{"r": members, "first": first, "last": last}
@@ -87,7 +87,7 @@ def _run_contents(run: MeasuredRun) -> dict:
 
 
 def plain(value):
-    """The value for JSON and CSV: without NumPy, floats with six digits, None where they are not finite."""
+    """Return the value for JSON and CSV: without NumPy, floats with six digits, None where they are not finite."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -100,7 +100,7 @@ def plain(value):
 
 
 def field_rows(run: MeasuredRun) -> list[dict]:
-    """The rows of fields.csv."""
+    """Return the rows of fields.csv."""
     rows = []
     for condition in run.fields:
         for inside in run.classes_measured(condition):
@@ -132,7 +132,7 @@ def _field_row(run: MeasuredRun, condition: Condition, inside: int | None, logit
 
 
 def _samples(run: MeasuredRun, condition: Condition, inside: int | None) -> tuple[np.ndarray, int]:
-    """Samples (1 + R, S) of the pixels inside a class, and their number of slides or patients; zeros have none."""
+    """Return samples (1 + R, S) of the pixels of a class, and their number of slides or patients; zeros have none."""
     pixels = run.fields[condition].pixels
     weights = pixels.weights(inside)
     if condition.input != "tiles":
@@ -144,19 +144,19 @@ def _samples(run: MeasuredRun, condition: Condition, inside: int | None) -> tupl
 
 
 def _interval(values: np.ndarray, groups: int) -> dict:
-    """Value and 95 % interval of the values (1 + R,) of the samples."""
+    """Return value and 95 % interval of the values (1 + R,) of the samples."""
     low, high = bootstrap.interval(values, groups) or (math.nan, math.nan)
     return {"value": values[0], "low": low, "high": high}
 
 
 def _with_interval(name: str, values: np.ndarray, groups: int) -> dict:
-    """Value and 95 % interval as three columns of a table."""
+    """Return value and 95 % interval as three columns of a table."""
     number = _interval(values, groups)
     return {name: number["value"], f"{name}_low": number["low"], f"{name}_high": number["high"]}
 
 
 def radii(energy: np.ndarray, share: float) -> np.ndarray:
-    """(...) the smallest radius in pixels whose disc contains this share of the energies (..., rings)."""
+    """Return the smallest radius (...) in pixels whose disc contains this share of the energies (..., rings)."""
     inside = energy.cumsum(-1)
     total = inside[..., -1:]
     radius = (inside >= share * total * (1 - 1e-12)).argmax(-1) / RINGS
@@ -189,14 +189,14 @@ def fit_gaussian(strength: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def extent(strength: np.ndarray) -> tuple[int, int, int, int] | None:
-    """First and last row, first and last column where a map is not zero, counted from its centre; None if nowhere."""
+    """Return first and last row and column where a map is not zero, counted from its centre; None if nowhere."""
     radius = len(strength) // 2
     rows, columns = (np.flatnonzero(strength.any(axis)) - radius for axis in (1, 0))
     return (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) if len(rows) else None
 
 
 def path_rows(run: MeasuredRun) -> list[dict]:
-    """The rows of paths.csv, over the logits of all classes."""
+    """Return the rows of paths.csv, over the logits of all classes."""
     field, rows = run.fields[TRAINED], []
     for inside in run.classes_measured(TRAINED):
         samples, groups = _samples(run, TRAINED, inside)
@@ -218,7 +218,7 @@ def path_rows(run: MeasuredRun) -> list[dict]:
 
 
 def describe_dead_paths(run: MeasuredRun, rows: Sequence[dict]) -> list[str]:
-    """A sentence for each path that passes no gradient, or hardly any; `rows` are those of paths.csv."""
+    """Return a sentence for each path that passes no gradient or hardly any; `rows` are those of paths.csv."""
     shares = {row["path"]: row["energy_alone"] for row in rows if row["inside"] == ALL}
     alive = [path for path, share in enumerate(shares.values(), start=1) if share > 0]
     if not alive:
@@ -238,7 +238,7 @@ def describe_dead_paths(run: MeasuredRun, rows: Sequence[dict]) -> list[str]:
 
 
 def border_numbers(run: MeasuredRun) -> dict:
-    """Accuracy and Dice near the tile's border and elsewhere, and near a crop's border, for fields.json."""
+    """Return accuracy and Dice near a tile's border and elsewhere, and near a crop's border, for fields.json."""
     border = run.border
     groups = [run.test_set.tiles[i].group for i in border.tiles]
     samples = bootstrap.resampled_weights(groups)                                    # (1 + R, N)
@@ -267,6 +267,6 @@ def border_numbers(run: MeasuredRun) -> dict:
 
 
 def _by_distance(right: np.ndarray, samples: np.ndarray, pixels: np.ndarray, groups: int) -> list[dict]:
-    """Shares of right pixels (1 + R, D) in the bands that a tile or crop has; `pixels` (D,) are those of one."""
+    """Return shares of right pixels (1 + R, D) in the bands of a tile or crop; `pixels` (D,) are those of one."""
     return [{"from_px": DISTANCES[i], **_interval(right[:, i] / (samples.sum(1) * pixels[i]), groups)}
             for i in np.flatnonzero(pixels)]

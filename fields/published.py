@@ -13,7 +13,7 @@ from unet import UNet
 
 
 def as_published(model: UNet, bottleneck: bool = True) -> tuple[int, int]:
-    """The size that the report's procedure gives, and the position (row and column) of its output pixel.
+    """Return the size that the report's procedure gives, and the position (row and column) of its output pixel.
 
     The input is zero, and the gradient is that of the first class's logit with respect to the first channel. The size
     is the last row where it is not zero minus the first such row. Without `bottleneck` no gradient passes the
@@ -30,7 +30,7 @@ def as_published(model: UNet, bottleneck: bool = True) -> tuple[int, int]:
 
 
 def describe_published(models: dict[str, UNet]) -> str:
-    """What the report's procedure prints for these networks, whole and with the bottleneck cut, and why."""
+    """Return what the report's procedure prints for these networks, whole and with the bottleneck cut, and why."""
     rows, remarks = [], []
     for name, model in models.items():
         levels = len(model.encoder)

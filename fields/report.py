@@ -46,7 +46,7 @@ def write(folder: Path, runs: Sequence[MeasuredRun], formats: Sequence[str]) -> 
 
 
 def summary(found: dict) -> str:
-    """The main numbers of all runs as tables and sentences; `found` is what `write` returns."""
+    """Return the main numbers of all runs as tables and sentences; `found` is what `write` returns."""
     fields = [_field_cells(row) for run in found["runs"] for row in run["fields"]
               if row["logit"] == ALL and (row["weights"] == "trained" or row["inside"] == ALL)]
     paths = [[row["run"], row["path"], row["field"],

@@ -40,7 +40,7 @@ class Pixels:
         return len(self.classes)
 
     def weights(self, inside: int | None) -> np.ndarray:
-        """Weights (S,) for a mean over the pixels inside a class; None: over all, each class by its share."""
+        """Return weights (S,) for a mean over the pixels inside a class; None: over all, each class by its share."""
         counts = np.bincount(self.classes, minlength=len(self.shares))
         shares = self.shares if inside is None else np.eye(len(self.shares))[inside]
         weights = (shares / np.maximum(counts, 1))[self.classes]
@@ -77,7 +77,7 @@ def draw_pixels(candidate: Candidate, test_set: TestSet, count: int) -> Pixels:
 
 def _pixels_of_class(test_set: TestSet, label: int, count: int, levels: int,
                      random: np.random.Generator) -> Iterator[tuple[int, tuple[int, int], np.ndarray, int]]:
-    """Tile, corner, place and class of up to `count` pixels of a class; the tiles that have such pixels take turns."""
+    """Draw up to `count` pixels of a class from the tiles in turn; return tile, corner, place and class of each."""
     cut, store = smallest_cut(levels), test_set.store
     rows, columns = (length - cut.size + 1 for length in store.shape[1:3])  # possible corners
     tiles = deque(random.permutation(len(test_set.rows)))
@@ -94,14 +94,14 @@ def _pixels_of_class(test_set: TestSet, label: int, count: int, levels: int,
 
 
 def _alignments(random: np.random.Generator, count: int, levels: int) -> np.ndarray:
-    """Alignments (count, 2) of rows and columns: all m in every m of them, all pairs in m^2; m = 2^(levels - 1)."""
+    """Return alignments (count, 2) of rows and columns: with m = 2^(levels - 1), all in every m, all pairs in m^2."""
     block, i = multiple(levels), np.arange(count)
     rows, columns = random.permutation(block), random.permutation(block)
     return np.stack([rows[i % block], columns[(i + i // block) % block]], 1)
 
 
 def free_pixels(count: int, levels: int, seed: int) -> Pixels:
-    """Pixels of inputs that are not tiles: all have class 0."""
+    """Return pixels of inputs that are not tiles: all have class 0."""
     places = smallest_cut(levels).origin + _alignments(generator(seed, 0, 0, "receptive field"), count, levels)
     zeros = np.zeros(count, np.int64)
     return Pixels(zeros, np.zeros((count, 2), np.int64), places, zeros, np.ones(1))
@@ -119,13 +119,13 @@ def tile_inputs(candidate: Candidate, test_set: TestSet, pixels: Pixels) -> Inpu
 
 
 def zero_inputs(levels: int, device: torch.device) -> Inputs:
-    """The report's input: every pixel has the mean colour."""
+    """Return the report's input: every pixel has the mean colour."""
     size = smallest_cut(levels).size
     return lambda start, stop: torch.zeros(stop - start, 3, size, size, device=device)
 
 
 def noise_inputs(levels: int, device: torch.device, seed: int) -> Inputs:
-    """Independent normal numbers with the mean and variance of normalised tiles."""
+    """Draw independent normal numbers with the mean and variance of normalised tiles."""
     size = smallest_cut(levels).size
 
     def inputs(start: int, stop: int) -> Tensor:

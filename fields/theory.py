@@ -7,7 +7,7 @@ PADDED_SIZES = (256, 500, 512)  # the report's crops, tiles and canvases
 
 
 def sizes(levels: int, path: int | None = None) -> str:
-    """The pixels of a field along one axis, e.g. "188 or 204"."""
+    """Return the pixels of a field along one axis, e.g. "188 or 204"."""
     return " or ".join(map(str, sorted({size(levels, p, path) for p in range(multiple(levels))})))
 
 
@@ -16,7 +16,7 @@ def path_names(levels: int) -> list[str]:
 
 
 def describe(name: str, levels: int) -> str:
-    """Field, paths and padding of a network as tables."""
+    """Return field, paths and padding of a network as tables."""
     block = multiple(levels)
     fields = [[_range(members[0], members[-1]), f"{_position(block, first)} to {_position(block, last)}",
                str(last - first + 1), _range(members[0] - first, members[-1] - first),

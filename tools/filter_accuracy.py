@@ -68,20 +68,20 @@ def read(folder: Path) -> list[Planted]:
 
 
 def score(planted: Sequence[Planted], limits: Filter, defects: Sequence[str]) -> tuple[int, float, float]:
-    """Tiles dropped, precision and recall against `defects`; NaN where nothing is dropped or nothing is to be found."""
+    """Return tiles dropped, precision and recall against `defects`; NaN if none is dropped, or none is to be found."""
     dropped = [one.defect in defects for one in planted if verdict(one.tile, limits)]
     there = sum(one.defect in defects for one in planted)
     return len(dropped), sum(dropped) / len(dropped) if dropped else np.nan, sum(dropped) / there if there else np.nan
 
 
 def only(limits: Filter, *names: str) -> Filter:
-    """The limits with all switched off that are not named; a mask without any tissue is dropped all the same."""
+    """Return the limits with all but those named switched off; a mask without any tissue is still dropped."""
     off = {"min_foreground": 0.0, "max_blank": None, "max_unmarked": None, "max_shift": None}
     return replace(limits, **{name: value for name, value in off.items() if name not in names})
 
 
 def rules(limits: Filter) -> dict[str, tuple[Filter, Sequence[str]]]:
-    """Every rule alone and together: (its limits, the defects that it is to find)."""
+    """Return every rule alone and together: its limits, and the defects that it should find."""
     found = {f"foreground < {limits.min_foreground:g}": (only(limits, "min_foreground"), ("empty",))}
     for name in THRESHOLDS:
         limit = MEASURED[name][1]
@@ -93,7 +93,7 @@ def rules(limits: Filter) -> dict[str, tuple[Filter, Sequence[str]]]:
 
 
 def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) of each table."""
+    """Return title, header and rows of each table."""
     counts = {defect: Counter(verdict(one.tile, limits) or "kept" for one in planted if one.defect == defect)
               for defect in ("none", *DEFECTS)}
     names = ["kept", "sparse", "misregistered", "unmarked", "shifted"]
@@ -131,7 +131,7 @@ def _shift_errors(planted: Sequence[Planted], limits: Filter) -> list[str]:
 
 def curve(planted: Sequence[Planted], limits: Filter, name: str,
           thresholds: Sequence[float]) -> list[tuple[float, float, float]]:
-    """(threshold, precision, recall) of one measurement alone against the defects of masks."""
+    """Return threshold, precision and recall of one measurement alone against the defects of masks."""
     judged = [one for one in planted if one.tile.foreground]
     return [(threshold, *score(judged, replace(only(limits), **{MEASURED[name][1]: threshold}), OF_MASKS)[1:])
             for threshold in thresholds]

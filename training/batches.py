@@ -62,7 +62,7 @@ def _gather(crops: Crops, store: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 
 def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
-    """Images (B, H, W, 3) uint8 to the network's input (B, 3, H, W) in the device's memory layout (section 5.1.1)."""
+    """Turn images (B, H, W, 3) uint8 into the network's input (B, 3, H, W), laid out for the device (section 5.1.1)."""
     shares = pixels / 255
     mean, std = _constants(tuple(statistics.mean), tuple(statistics.std), shares.dtype, shares.device)
     return ((shares - mean) / std).movedim(-1, 1).contiguous(memory_format=memory_format(pixels.device))

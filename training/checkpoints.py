@@ -35,7 +35,7 @@ class Checkpoint:
     optimizer: dict
     scheduler: dict
     history: list[dict]
-    tiles: str  # the identity (dataset.identity) of the list of tiles that it was trained with
+    tiles_identity: str  # dataset.identity of the list of tiles that it was trained with
 
     @property
     def epoch(self) -> int:
@@ -48,11 +48,11 @@ def build_model(config: Config) -> UNet:
 
 
 def save_checkpoint(path: Path, *, config: Config, statistics: Statistics, history: Sequence[dict],
-                    tiles: str, **states: dict) -> None:
+                    tiles_identity: str, **states: dict) -> None:
     """Write a checkpoint whole or not at all; `states` are model, optimizer and scheduler."""
     contents = io.BytesIO()  # torch.save into a file does not tell that a disk is full
     torch.save({"format": FORMAT, "config": to_dict(config), "statistics": asdict(statistics),
-                "history": list(history), "tiles": tiles, **states}, contents)
+                "history": list(history), "tiles": tiles_identity, **states}, contents)
     with replacing(path) as temporary, contents.getbuffer() as buffer, temporary.open("wb") as file:
         file.write(buffer)
 
@@ -69,6 +69,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                         "the program that wrote it, or train again")
     try:
         values = {key: contents[key] for key in KEYS - {"format"}}
+        values["tiles_identity"] = values.pop("tiles")
         values["config"] = from_dict(dict(values["config"]), str(path))
         values["statistics"] = Statistics(**values["statistics"])
         lengths = {"mean": 3, "std": 3, "frequencies": len(values["config"].data.classes)}

@@ -71,5 +71,5 @@ def validation_crops(folds: Sequence[np.ndarray], fold: int, tile_size: tuple[in
 
 
 def _windows(random: np.random.Generator, count: int, tile_size: tuple[int, int], size: int) -> list[np.ndarray]:
-    """The top and left of each window."""
+    """Return the top and left of each window."""
     return [random.integers(0, side - size + 1, count) for side in tile_size]

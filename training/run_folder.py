@@ -115,7 +115,7 @@ def record_start(folder: Path, config: Config, device: torch.device, precision: 
 
 
 def _commit() -> str | None:
-    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
+    """Return the commit of this code, with a + if files differ from it; None outside a git checkout."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -11,7 +11,7 @@ State = tuple[dict, dict]  # the state dicts of model and optimizer
 
 
 def tensors_of(state: State) -> list[Tensor]:
-    """All tensors of a state, in the order of its dicts."""
+    """Return all tensors of a state, in the order of its dicts."""
     model, optimizer = state
     return [*model.values(), *(value for moments in optimizer["state"].values() for value in moments.values())]
 

@@ -23,7 +23,7 @@ class TrainingSet:
     rows: np.ndarray  # (training tiles,) rows of the store
     groups: list[str]  # one for each of `rows`
     statistics: dataset.Statistics
-    tiles: str  # the identity (dataset.identity) of the list of tiles
+    tiles_identity: str  # dataset.identity of the list of tiles
 
 
 def prepare_data(config: Config) -> TrainingSet:

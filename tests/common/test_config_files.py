@@ -172,7 +172,7 @@ def test_a_wrong_value_under_an_old_name_is_reported_under_the_new_one(tmp_path,
 def test_config_and_checkpoint_of_an_old_run_load(tmp_path, warnings):
     config, path = Config(model=Model((4, 8)), data=Data(mask_values=(1, 2, 3))), tmp_path / "best.pt"
     save_checkpoint(path, config=config, statistics=Statistics([0.5] * 3, [0.1] * 3, [0.2, 0.3, 0.5]), history=[],
-                    tiles="", model=build_model(config).state_dict(), optimizer={}, scheduler={})
+                    tiles_identity="", model=build_model(config).state_dict(), optimizer={}, scheduler={})
     contents = torch.load(path, weights_only=True)
     contents["config"]["data"]["greys"] = contents["config"]["data"].pop("mask_values")
     torch.save(contents, path)

@@ -26,7 +26,7 @@ def path(tmp_path, model):
     optimizer = torch.optim.Adam(model.parameters())
     path = tmp_path / "last.pt"
     checkpoints.save_checkpoint(path, config=CONFIG, statistics=STATISTICS, history=[{"epoch": 1, "val_loss": 0.5}],
-                                tiles="0" * 64, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                tiles_identity="0" * 64, model=model.state_dict(), optimizer=optimizer.state_dict(),
                                 scheduler={"best": float("inf")})
     return path
 

@@ -22,7 +22,7 @@ def images(count: int) -> torch.Tensor:
 
 
 def ours(setting: Setting, count: int, precision: str) -> Lap:
-    """On the smallest input that contains the field, several pixels in one backward pass."""
+    """Measure on the smallest input that contains the field, several pixels in one backward pass."""
     device = torch.device(setting.device)
     model = network().to(device, memory_format=torch.channels_last).requires_grad_(False)
     cut, count = smallest_cut(len(model.encoder)), min(count, 16) if setting.quick else count
@@ -39,7 +39,7 @@ def ours(setting: Setting, count: int, precision: str) -> Lap:
 
 
 def plain(setting: Setting, count: int) -> Lap:
-    """In float32 on 256 x 256 pixels, one backward pass for each pixel."""
+    """Measure in float32 on 256 x 256 pixels, one backward pass for each pixel."""
     device = torch.device(setting.device)
     model, count = network().to(device), min(count, 16) if setting.quick else count
     whole = images(count).to(device)

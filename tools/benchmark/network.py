@@ -37,7 +37,7 @@ PEERS = {"monai": "monai", "smp": "segmentation_models_pytorch"}
 
 
 def random_store(count: int, size: int = TILE) -> np.ndarray:
-    """A store (count, size, size, 4) uint8 of noise, which cannot be compressed."""
+    """Return a store (count, size, size, 4) uint8 of noise, which cannot be compressed."""
     store = np.random.default_rng(0).integers(0, 256, (count, size, size, 4), np.uint8)
     store[..., 3] %= CLASSES
     return store
@@ -48,7 +48,7 @@ def batch_size(setting: Setting) -> int:
 
 
 def peer(name: str) -> nn.Module:
-    """A U-Net of another library: MONAI's with the report's widths, or the default of segmentation_models_pytorch."""
+    """Build a U-Net of another library: MONAI's with the report's widths, or segmentation_models_pytorch's default."""
     if name == "monai":
         from monai.networks.nets import BasicUNet
         return BasicUNet(spatial_dims=2, in_channels=3, out_channels=CLASSES, features=(*Model.widths, Model.widths[0]))
