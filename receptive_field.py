@@ -85,7 +85,7 @@ def architectures(folders: Sequence[str], config: str | None, overrides: Sequenc
         return {name: Config(model=Model(widths=widths)) for name, widths in REPORT_NETWORKS.items()}
     configs = {}
     for name in folders:
-        folder = Path(name).parent.parent if Path(name).suffix == ".pt" else Path(name)
+        folder = arguments.run_folder_of(Path(name)) if Path(name).suffix == ".pt" else Path(name)
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder}: no such run (it has no config.yaml)")
         configs[name] = load_config(folder / "config.yaml")

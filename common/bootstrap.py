@@ -27,15 +27,15 @@ def resampled_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
     return times_drawn[:, [index_of_name[name] for name in names]]
 
 
-def interval(values: np.ndarray, groups: int) -> tuple[float, float] | None:
+def interval(values: np.ndarray, groups: int) -> tuple[float, float]:
     """Return the 95 % interval of a score, from its `values` (1 + R,) under the rows of `resampled_weights`.
 
     `groups` is the number of groups behind the score. The percentiles are widened for few groups, so that for a mean
-    they give Student's interval (Hesterberg 2015, section 4.6). The result is None with fewer than `FEWEST_GROUPS`
+    they give Student's interval (Hesterberg 2015, section 4.6). Both ends are NaN with fewer than `FEWEST_GROUPS`
     groups, or if the score is NaN in row 0 or in more than one of twenty samples.
     """
     samples = values[1:][~np.isnan(values[1:])]
     if len(values) == 1 or groups < FEWEST_GROUPS or np.isnan(values[0]) or len(samples) < 0.95 * (len(values) - 1):
-        return None
+        return math.nan, math.nan
     tail = ndtr(-math.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.975))
     return tuple(np.quantile(samples, [tail, 1 - tail]).tolist())

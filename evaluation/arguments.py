@@ -36,6 +36,11 @@ def runs_and_overrides(args: Namespace) -> tuple[list[str], list[str]]:
     return runs, overrides
 
 
+def run_folder_of(checkpoint: Path) -> Path:
+    """Return the run folder of a checkpoint file, which lies in it or in its folder checkpoints."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
 def reject_unused(parser: ArgumentParser, args: Namespace, used: Collection[str], when: str) -> None:
     """Raise a `UserError` if an option was given that has no effect `when`, e.g. "with --theory"."""
     for name, value in vars(args).items():

@@ -18,7 +18,7 @@ from common.devices import choose_device, choose_precision, memory_format
 from common.files import file_name
 from common.pictures import picture_size, read_mask
 from dataset import Statistics, Tile, composed, files_by_key
-from evaluation.arguments import MAY_CHANGE
+from evaluation.arguments import MAY_CHANGE, run_folder_of
 from evaluation.inference import Predictor
 from training import checkpoints, run_folder
 from training.batches import normalise
@@ -125,7 +125,7 @@ def candidate_of_run(path: Path, which: str, overrides: Sequence[str], flips: bo
     model = model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     dtype = choose_precision(precision, device)
     name = (folder.resolve() if folder == path else folder).name or config.name
-    in_run_folder = _folder_of(file.resolve()) == folder.resolve()
+    in_run_folder = run_folder_of(file.resolve()) == folder.resolve()
     if not in_run_folder or file.name != "best.pt":
         name = f"{name} ({file.stem})"
     history = run_folder.read_metrics(folder) if in_run_folder else []
@@ -138,16 +138,12 @@ def candidate_of_run(path: Path, which: str, overrides: Sequence[str], flips: bo
 def _find_checkpoint(path: Path, which: str) -> tuple[Path, Path]:
     """Return the run folder and the checkpoint file."""
     if path.suffix == ".pt":
-        return _folder_of(path), path
+        return run_folder_of(path), path
     file = path / "checkpoints" / f"{which}.pt" if which in ("best", "last") else Path(which)
-    other = _folder_of(file.resolve())
+    other = run_folder_of(file.resolve())
     if other != path.resolve() and (other / "config.yaml").exists():
         raise UserError(f"{file} is a checkpoint of another run than {path}: python evaluate.py {file}")
     return path, file
-
-
-def _folder_of(checkpoint: Path) -> Path:
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
 def _config_of_run(folder: Path, checkpoint: checkpoints.Checkpoint, overrides: Sequence[str]) -> Config:

@@ -118,7 +118,7 @@ def _with_intervals(scores: dict[str, np.ndarray], evaluation: Evaluation, prese
 
 
 def _with_interval(samples: np.ndarray, groups: int) -> dict:
-    low, high = bootstrap.interval(samples, groups) or (math.nan, math.nan)
+    low, high = bootstrap.interval(samples, groups)
     return {"value": json_number(samples[0]), "low": json_number(low), "high": json_number(high)}
 
 

@@ -55,7 +55,7 @@ class Field:
     importance: np.ndarray | None = None  # (S, K, P) sum of |gradient x activation| where the path enters the decoder
 
     def map(self, inside: int | None, logit: int | None) -> np.ndarray:
-        """Map (D, D) of the pixels inside a class and of the logit of a class; None: the mean over all."""
+        """Return the map (D, D) of pixels inside a class and of the logit of a class; None: the mean over all."""
         weights = np.bincount(self.pixels.classes, self.pixels.weights(inside), len(self.maps))
         mean = np.tensordot(weights, self.maps, 1)                                   # (K, D, D)
         return mean.mean(0) if logit is None else mean[logit]

@@ -17,6 +17,7 @@ from scipy.optimize import OptimizeWarning, curve_fit
 from common import bootstrap, geometry
 from evaluation import metrics
 from evaluation.candidates import Candidate
+from evaluation.results import count_groups
 from evaluation.test_set import TestSet
 from fields import theory
 from fields.borders import DISTANCES, Border
@@ -145,7 +146,7 @@ def _samples(run: MeasuredRun, condition: Condition, inside: int | None) -> tupl
 
 def _interval(values: np.ndarray, groups: int) -> dict:
     """Return value and 95 % interval of the values (1 + R,) of the samples."""
-    low, high = bootstrap.interval(values, groups) or (math.nan, math.nan)
+    low, high = bootstrap.interval(values, groups)
     return {"value": values[0], "low": low, "high": high}
 
 
@@ -240,9 +241,9 @@ def describe_dead_paths(run: MeasuredRun, rows: Sequence[dict]) -> list[str]:
 def border_numbers(run: MeasuredRun) -> dict:
     """Return accuracy and Dice near a tile's border and elsewhere, and near a crop's border, for fields.json."""
     border = run.border
-    groups = [run.test_set.tiles[i].group for i in border.tiles]
-    samples = bootstrap.resampled_weights(groups)                                    # (1 + R, N)
-    count = len({group or i for i, group in enumerate(groups)})
+    tiles = [run.test_set.tiles[i] for i in border.tiles]
+    samples = bootstrap.resampled_weights([tile.group for tile in tiles])            # (1 + R, N)
+    count = count_groups(tiles)
     height, width = run.test_set.store.shape[1:3]
     numbers = {"tiles": len(border.tiles), "groups": count,
                "share": geometry.padded_share(run.levels, height, width, canvas=False)}

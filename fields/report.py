@@ -24,7 +24,7 @@ from fields.numbers import ALL, ENERGIES, MeasuredRun, contents, plain
 
 
 def write(folder: Path, runs: Sequence[MeasuredRun], formats: Sequence[str]) -> dict:
-    """Write everything into `folder`; returns the contents of fields.json."""
+    """Write everything into `folder`, and return the contents of fields.json."""
     found = contents(runs)
     write_text(folder / "fields.json", json.dumps(plain(found), indent=2, allow_nan=False) + "\n")
     write_csv(folder / "fields.csv", [plain(row) for run in found["runs"] for row in run["fields"]])

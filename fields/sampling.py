@@ -136,7 +136,7 @@ def noise_inputs(levels: int, device: torch.device, seed: int) -> Inputs:
 
 
 def batch_ranges(count: int, levels: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of batches of pixels whose cuts have about `PIXELS_AT_ONCE` pixels."""
+    """Yield start and stop of batches of pixels whose cuts have about `PIXELS_AT_ONCE` pixels."""
     step = max(1, PIXELS_AT_ONCE // smallest_cut(levels).size ** 2)
     for start in range(0, count, step):
         yield start, min(start + step, count)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -150,7 +151,8 @@ def test_networks_of_different_depth_are_compared(trained, tiny, command, capsys
     found = json.loads((folder / "fields.json").read_text())["runs"]
     assert [run["theory"]["area"] for run in found] == [18**2, 5**2] and (folder / "fields.png").exists()
     assert "flat  " in capsys.readouterr().out
-    command("--theory", trained, trained.parent / "flat")
+    shutil.copy(trained / "checkpoints/best.pt", trained)
+    command("--theory", trained / "best.pt", trained.parent / "flat/checkpoints/best.pt")
     assert "2 levels" in (out := capsys.readouterr().out) and "1 level." in out
     command("--as-published", trained)
     assert "tiny, epoch 1" in capsys.readouterr().out
