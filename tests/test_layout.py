@@ -86,12 +86,6 @@ def test_the_filter_needs_no_torch(script):
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
 
 
-def test_the_theory_of_fields_needs_no_torch(tmp_path):
-    program = ("import sys, receptive_field; sys.argv = ['receptive_field.py', '--theory']; receptive_field.main(); "
-               "assert 'torch' not in sys.modules")
-    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-
-
 def test_every_folder_says_what_it_is_for():
     for room in ROOMS:
         assert ast.get_docstring(ast.parse((REPOSITORY / room / "__init__.py").read_text(encoding="utf-8"))), room

@@ -1,6 +1,5 @@
 """receptive_field.py as a command: its files, sentences, folders and errors."""
 
-import csv
 import json
 import math
 import shutil
@@ -9,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import REPOSITORY
+from helpers import REPOSITORY, read_rows
 
 import receptive_field
 import train
@@ -54,7 +53,7 @@ def test_a_run_leaves_its_files_with_consistent_numbers(trained, command, capsys
              for kind in ("png", "svg", "pdf")}
     assert {path.name for path in folder.iterdir()} - {".written.json"} == drawn | {"fields.csv", "paths.csv",
                                                                                     "fields.json"}
-    rows = list(csv.DictReader((folder / "fields.csv").open()))
+    rows = read_rows(folder / "fields.csv")
     conditions = {(row["weights"], row["input"]) for row in rows}
     assert conditions == {("trained", "tiles"), ("trained", "zeros"), ("trained", "noise"), ("untrained", "tiles")}
     on_tiles = {(row["inside"], row["logit"]): row["pixels"] for row in rows
@@ -66,7 +65,7 @@ def test_a_run_leaves_its_files_with_consistent_numbers(trained, command, capsys
         assert -9 <= int(row["first_row"]) <= 0 <= int(row["last_row"]) <= 9
     contents = json.loads((folder / "fields.json").read_text())["runs"][0]
     assert contents["theory"]["padded_share"]["256"] == pytest.approx(geometry.padded_share(2, 256, 256), rel=1e-5)
-    paths = list(csv.DictReader((folder / "paths.csv").open()))
+    paths = read_rows(folder / "paths.csv")
     shares = [float(row["gradient_x_activation"]) for row in paths if row["inside"] == "all"]
     assert sum(shares) == pytest.approx(1, abs=1e-4) and {row["dead"] for row in paths} == {"False"}
     out = capsys.readouterr().out
@@ -91,12 +90,12 @@ def test_other_options_have_their_own_folder(trained):
 def test_intervals_need_five_groups(trained, command):
     """All tiles come from six slides, those of the test split from one."""
     command(trained, "--pixels", 12, "--split", "all", "--precision", "float32")
-    rows = list(csv.DictReader((trained / "receptive_field-all-float32-pixels-12/fields.csv").open()))
+    rows = read_rows(trained / "receptive_field-all-float32-pixels-12/fields.csv")
     row = next(row for row in rows if row["input"] == "tiles" and row["inside"] == "all")
     assert row["groups"] == "6" and float(row["r95_low"]) <= float(row["r95"]) <= float(row["r95_high"])
     assert next(row for row in rows if row["input"] == "zeros")["r95_low"] == ""
     command(trained, "--pixels", 12, "--precision", "float32")
-    few = list(csv.DictReader((trained / "receptive_field-float32-pixels-12/fields.csv").open()))
+    few = read_rows(trained / "receptive_field-float32-pixels-12/fields.csv")
     assert few[0]["groups"] == "1" and few[0]["r95_low"] == ""
 
 
@@ -106,9 +105,9 @@ def test_a_dead_bottleneck_is_reported_with_the_field_that_is_left(trained, comm
     line, = lines_about("bottleneck is dead", capsys)
     assert line.startswith("tiny:") and "skip of level 1: 9 px instead of 18" in line
     folder = trained / "receptive_field-float32-pixels-6"
-    rows = [row for row in csv.DictReader((folder / "fields.csv").open()) if row["weights"] == "trained"]
+    rows = [row for row in read_rows(folder / "fields.csv") if row["weights"] == "trained"]
     assert all((row["first_row"], row["last_column"]) == ("-4", "4") for row in rows)
-    dead = {row["path"]: row["dead"] for row in csv.DictReader((folder / "paths.csv").open())}
+    dead = {row["path"]: row["dead"] for row in read_rows(folder / "paths.csv")}
     assert dead == {"skip of level 1": "False", "bottleneck": "True"}
 
 

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, script
+from helpers import REPOSITORY, TINY, assert_equal, checkpoint_contents, script
 
 SMALL = ["model.widths=[4,8]", "data.crop=64", "train.epochs=2", "train.folds=2", "train.images_per_epoch=16",
          "train.batch_size=4", "device=cpu"]
@@ -89,15 +89,10 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tile
         arguments = ["--resume", "runs/parts"]
     out = script("train.py", *arguments, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
-    whole, parts = (torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt", weights_only=True)
-                    for name in ("whole", "parts"))
-    assert len(whole["history"]) == len(parts["history"]) == 24
-    for ours, theirs in zip(whole["history"], parts["history"], strict=True):
-        assert all(ours[key] == theirs[key] for key in ours if "loss" in key or "ema" in key or key == "lr")
-    adam = [(state, parts["optimizer"]["state"][i]) for i, state in whole["optimizer"]["state"].items()]
-    for ours, theirs in [(whole["model"], parts["model"]), *adam]:
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert whole["scheduler"] == parts["scheduler"]
+    whole, parts = (checkpoint_contents(tmp_path / "runs" / name) for name in ("whole", "parts"))
+    whole["config"]["name"] = "parts"
+    assert len(whole["history"]) == 24
+    assert_equal(whole, parts)
     assert not list((tmp_path / "runs/parts").rglob(".*.tmp"))
 
 
@@ -117,7 +112,7 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tile
 def test_what_a_user_can_fix_is_one_line_and_exit_code_2(demo, here, command, expected):
     out = here(*command, cwd=demo)
     assert out.returncode == 2 and expected in out.stderr
-    assert len(out.stderr.strip().splitlines()) <= 2 and "Traceback" not in out.stderr
+    assert len(out.stderr.strip().splitlines()) == 1 and "Traceback" not in out.stderr
     assert not (demo / "runs/none").exists() and not (demo / "data/ebhi").exists()
 
 

@@ -13,6 +13,10 @@ def test_a_colour_has_three_bytes():
     assert rgb("#0180ff").tolist() == [1, 128, 255] and rgb("#0180ff").dtype == np.uint8
 
 
+def test_the_colours_of_eight_classes_differ():
+    assert len(set(PALETTE)) == len(PALETTE) == 8
+
+
 def test_the_colour_of_a_class_depends_on_its_index_alone():
     mask = np.array([[0, 2], [2, 2]])
     assert (colour_mask(mask, 3) == colour_mask(mask, 5)).all()

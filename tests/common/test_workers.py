@@ -2,7 +2,6 @@ import os
 import time
 
 import pytest
-from helpers import REPOSITORY, script
 
 from common import workers
 from common.console import UserError
@@ -80,10 +79,3 @@ def test_there_are_as_many_cores_as_this_process_may_use(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert cores() == 1
-
-
-def test_the_filter_starts_without_torch(tmp_path):
-    """Its import takes seconds, in every worker process."""
-    (tmp_path / "probe.py").write_text("import sys, data_filter\nsys.exit('torch' in sys.modules)\n")
-    out = script(tmp_path / "probe.py", cwd=REPOSITORY)
-    assert out.returncode == 0, out.stderr
