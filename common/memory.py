@@ -15,8 +15,8 @@ GLIBC_TRIM_THRESHOLD, GLIBC_MMAP_MAX = -1, -4  # numbers of two parameters in ma
 def reuse_memory() -> None:
     """Let this process keep the memory that it frees, if its C library is glibc.
 
-    By default glibc returns every large array to the kernel, which must clear and map the pages of the next one. That
-    takes a fifth of a step of the report's network. In exchange the process never shrinks, and it grows somewhat.
+    By default glibc returns every large array to the kernel, which must clear and map the pages of the next one.
+    docs/performance.md says what that costs. In exchange the process never shrinks, and it grows somewhat.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
