@@ -19,9 +19,19 @@ from common.config_files import load_config
 from common.console import UserError, argument_parser, command, run, warn
 from common.files import LOCK, locked
 from common.result_folders import check_replaceable, names_in, replacing_folder
-from dataset import SPLITS, TILE_LIST, Tile, groups_are_missing, write_tiles
+from dataset import (
+    FILTER_FOLDER,
+    SPLITS,
+    TILE_LIST,
+    Tile,
+    check_list_folder,
+    claim_list_folder,
+    groups_are_missing,
+    warn_about_small_tiles,
+    write_tiles,
+)
 from filtering import manual_edits, report
-from filtering.pipeline import FilterResult, filter_tiles
+from filtering.pipeline import FilterResult, describe_palette, filter_tiles
 
 
 def main() -> None:
@@ -33,18 +43,21 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    root = Path(config.data.root)
-    path, folder = root / TILE_LIST, root / report.FOLDER
+    root, lists = Path(config.data.root), config.data.list_folder
+    path, folder = lists / TILE_LIST, lists / FILTER_FOLDER
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers must be at least 1; it is {args.workers}")
-    if root.is_dir() and not os.access(root, os.W_OK):
-        raise UserError(f"{root}: {TILE_LIST} cannot be written there; allow writing, or copy the tiles")
+    if lists.is_dir() and not os.access(lists, os.W_OK):
+        raise UserError(f"{lists}: {TILE_LIST} cannot be written there; allow writing, or set data.cache to a folder "
+                        "of yours for it")
+    check_list_folder(config.data)
     check_replaceable(folder)
-    text, before = _contents(path), manual_edits.read_earlier_list(path)
+    text, before = _contents(path), manual_edits.read_earlier_list(path, root)
     result = filter_tiles(config, args.workers, before, partial(announce, config=config))
     reject_corrupt(result.tiles, args.skip_corrupt)
     changes = manual_edits.differences(before, text, result.tiles)
-    with locked(root / LOCK, path, f"{root}: another process writes {TILE_LIST} or packs its tiles", wait=True):
+    claim_list_folder(config.data)
+    with locked(lists / LOCK, path, f"{lists}: another process writes {TILE_LIST} or packs its tiles", wait=True):
         with replacing_folder(folder) as partial_folder:
             report.write(partial_folder, result, config, changes, path)
             if text != _contents(path):
@@ -54,7 +67,7 @@ def main() -> None:
             raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then fix "
                             "the masks or relax filter.min_foreground and filter.max_blank")
         write_tiles(path, result.tiles)
-    print(*report.copies(result), *changes, "", report.verdicts(result, config.data.classes), sep="\n")
+    print(*report.remarks(result), *changes, "", report.verdicts(result, config.data.classes), sep="\n")
     warn_about(result, config)
     print(f"\nwrote {path}. To check it, look at {folder}: {names_in(folder)}\n"
           f"next:  {command('python', 'train.py', '--config', args.config, *args.overrides)}")
@@ -67,12 +80,15 @@ def _contents(path: Path) -> bytes:
 def announce(surveyed: FilterResult, config: Config) -> None:
     """Print what lies in the folder, before the images are judged."""
     print(report.preflight(surveyed, config), flush=True)
+    if surveyed.other_palette:
+        first, other = surveyed.palette, surveyed.other_palette
+        warn(f"the palettes of masks differ, so an index may mean different classes. {describe_palette(first)}. "
+             f"{describe_palette(other)}. To read the colours instead, set data.colours")
     if groups_are_missing(surveyed.tiles):
         reason = "finds another group in every key" if config.data.group else "is not set"
         warn(f"data.group {reason}, so every tile is split on its own. Tiles of one slide or patient can be in both "
              "train and test, which makes scores too high. If you can, give a pattern that finds the slide in the key")
-    if min(surveyed.size) < config.data.crop:
-        warn(f"the tiles are smaller than data.crop={config.data.crop}; train.py needs a smaller data.crop")
+    warn_about_small_tiles(surveyed.sizes[surveyed.sizes[:, 0] > 0], config)
 
 
 def reject_corrupt(tiles: Sequence[Tile], skip: bool) -> None:

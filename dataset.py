@@ -1,8 +1,8 @@
-"""Tiles on disk: pairs of image and mask, groups and split, the list tiles.csv, the packed store. Needs no torch.
+"""Tiles on disk: pairs of image and mask, groups and split, the list tiles.csv. Needs no torch.
 
-    key      names a tile: the part of its file name that stands for {key} in data.images and data.masks
-    group    slide or patient of a tile, found in its key by data.group; no split and no fold cuts a group
-    store    tiles.u8, all kept tiles as (N, H, W, 4) uint8: red, green, blue and class, mapped into memory
+    key      names a tile: what stands for {key}, {group} and wildcards in data.images and data.masks
+    group    slide or patient of a tile: what stands for {group}, or what data.group finds in the key; no split and no
+             fold cuts a group
 """
 
 import csv
@@ -11,31 +11,34 @@ import io
 import json
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from common.console import Progress, UserError
-from common.files import LOCK, locked, remove_leftovers, replacing, write_csv
-from common.pictures import picture_size, read_image, read_mask, reading
+from common.config import Config, Data
+from common.console import UserError, warn
+from common.files import write_csv, write_text, writing
+from common.patterns import Found, composed, fill, find_files, reject_outside
 from common.randomness import generator
+from common.store import Pair
 
 TILE_LIST = "tiles.csv"
-STORE = "tiles.u8"
+FILTER_FOLDER = "filter"  # beside the list: the report of the filter
+CACHE_NOTE = "data_root.txt"  # in data.cache: the data folder whose list lies there
 SPLITS = ("train", "test")
-DROPPED = ("sparse", "misregistered", "unmarked", "shifted", "duplicate", "corrupt", "excluded")  # excluded: by hand
-STORE_FORMAT = "crc-unet tiles 2"
-HEADER_BYTES = 4096  # of the store: one memory page, so that the pixels stay aligned
+DROPPED = ("unlabelled", "sparse", "misregistered", "unmarked", "shifted", "duplicate", "corrupt",
+           "excluded")  # by hand
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A row of tiles.csv: a pair of files, the measurements of the filter, its verdict. Paths are below data.root."""
+    """A row of tiles.csv: a pair of files, the measurements of the filter, its verdict. Paths are below data.root.
+
+    Pixels without a class (data.ignore) are left out of every measurement.
+    """
 
     key: str
     image: str
@@ -52,6 +55,10 @@ class Tile:
     by_hand: str = ""  # the verdict that a person had set when the filter ran last
     reason: str = ""  # why the tile is corrupt, or which tile shows the same image
     note: str = ""  # written by a person
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.image, self.mask)
 
     @property
     def shift(self) -> float | None:
@@ -74,73 +81,64 @@ MEASUREMENTS = tuple(f.name for f in fields(Tile) if f.type == float | None)
 
 # ---------------------------------------------------------------------------------------------- pairs
 
-def find_pairs(root: Path, images: str, masks: str, group: str = "") -> list[Tile]:
-    """Return every image with its mask, in the natural order of the keys (2 before 10)."""
-    found_images, found_masks = files_by_key(root, images), files_by_key(root, masks)
-    shared = set(found_images.values()) & set(found_masks.values())
-    less_specific = found_images if len(images) < len(masks) else found_masks  # {key}.png finds {key}_mask.png too
-    for key in [key for key, path in less_specific.items() if path in shared]:
-        del less_specific[key]
-    if not found_images and not found_masks:
-        raise UserError(f"{root.resolve()}: no tiles found; expected {root / images} and {root / masks}. Set "
+def find_pairs(data: Data) -> list[Tile]:
+    """Return every image with its mask, in the natural order of the keys (2 before 10).
+
+    Warn about pictures beside them that fit no pattern.
+    """
+    root = Path(data.root)
+    (images, beside_images), (masks, beside_masks) = (find_files(root, pattern, skip=(FILTER_FOLDER,))
+                                                      for pattern in (data.images, data.masks))
+    fitting = {found.path for found in (*images, *masks)}
+    images, masks = _images_or_masks(images, masks, data)
+    if not images and not masks:
+        raise UserError(f"{root.resolve()}: no tiles found; expected {root / data.images} and {root / data.masks}. Set "
                         "data.root, data.images and data.masks, or make tiles to try: `python -m tools.make_demo_data "
                         "data/demo` (then add data.root=data/demo)")
-    for found, partners, what, pattern in ((found_images, found_masks, "mask", masks),
-                                           (found_masks, found_images, "image", images)):
-        alone = [key for key in found if key not in partners]
+    found_images, found_masks = by_key(root, images, "image"), by_key(root, masks, "mask")
+    for found, partners, what, pattern in ((found_images, found_masks, "mask", data.masks),
+                                           (found_masks, found_images, "image", data.images)):
+        alone = [file for key, file in found.items() if key not in partners]
         if alone:
-            raise UserError(f"{root / found[alone[0]]}: its {what} {root / pattern.replace('{key}', alone[0])} is "
-                            f"missing ({len(alone)} of {len(found)} files have no {what}); add it or remove the file")
-    reject_outside(root, [*found_images.values(), *found_masks.values()])
-    return [Tile(key, found_images[key], found_masks[key], group_of(key, group))
-            for key in sorted(found_images, key=_natural)]
+            raise UserError(f"{root / alone[0].path}: its {what} {root / fill(pattern, alone[0])} is missing "
+                            f"({len(alone)} of {len(found)} files have no {what}); add it or remove the file")
+    reject_outside(root, [file.path for file in (*images, *masks)])
+    unused = sorted({*beside_images, *beside_masks} - fitting)
+    if unused:
+        warn(f"{root}: {len(unused)} picture{'s' if len(unused) > 1 else ''} beside the tiles fit neither data.images "
+             f"({data.images}) nor data.masks ({data.masks}) and are left out: {', '.join(unused[:3])}"
+             f"{', …' if len(unused) > 3 else ''}")
+    return [Tile(key, found_images[key].path, found_masks[key].path,
+                 found_images[key].group or group_of(key, data.group)) for key in sorted(found_images, key=_natural)]
 
 
-def files_by_key(root: Path, pattern: str) -> dict[str, str]:
-    """Return the path below `root` of each key that fits a pattern such as frames/frame#{key}.png."""
-    found = [("", "")]  # path and key; each part of the pattern makes the paths longer
-    for part in composed(pattern).split("/"):
-        regex = re.compile(re.escape(part).replace(re.escape("{key}"), "(.+)"), re.DOTALL)
-        matches = [(path, key, name, regex.fullmatch(composed(name))) for path, key in found
-                   for name in _names(root / path, part)]
-        found = [(f"{path}/{name}" if path else name, match[1] if regex.groups else key)
-                 for path, key, name, match in matches if match]
-    by_key: dict[str, str] = {}
-    for path, key in found:
-        if key in by_key:
-            raise UserError(f"{root / by_key[key]} and {root / path}: the names differ only in how accents are "
-                            "written; rename or remove one of the files")
-        by_key[key] = path
-    return by_key
+def _images_or_masks(images: list[Found], masks: list[Found], data: Data) -> tuple[list[Found], list[Found]]:
+    """Decide for the files that fit both patterns: the suffix counts, then the longer pattern."""
+    as_image, as_mask = ({file.path: file.same_suffix for file in files} for files in (images, masks))
+    not_images, not_masks = set(), set()
+    same_stem = data.images.rpartition(".")[0] == data.masks.rpartition(".")[0]
+    for path in as_image.keys() & as_mask.keys():
+        if as_image[path] != as_mask[path]:
+            (not_masks if as_image[path] else not_images).add(path)
+        elif same_stem:
+            raise UserError(f"{Path(data.root) / path}: fits both data.images and data.masks; save it with the suffix "
+                            "of one of them, or choose patterns that tell images from masks")
+        else:
+            (not_images if len(data.images) < len(data.masks) else not_masks).add(path)  # {key}.png, {key}_mask.png
+    return ([file for file in images if file.path not in not_images],
+            [file for file in masks if file.path not in not_masks])
 
 
-def composed(name: str) -> str:
-    """Return the name in Unicode's composed form (NFC), since macOS programs may write an accent in another way."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _names(folder: Path, part: str) -> list[str]:
-    """Return the names in a folder that may fit a part of a pattern."""
-    if "{key}" not in part and (folder / part).exists():  # ignores case where the file system does
-        return [part]
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    for name in names:
-        if re.search("[\ud800-\udfff]", name):  # Python's signs for bytes that are not text
-            raise UserError(f"{folder}: the name {name!r} is not valid Unicode; rename it")
-    return [name for name in names if part.startswith(".") or not name.startswith(".")]  # macOS leaves ._NAME
-
-
-def reject_outside(root: Path, paths: Iterable[str]) -> None:
-    """Raise a `UserError` if a path leads out of `root`: because it is absolute, by `..` or through a link."""
-    home, resolved = root.resolve(), cache(Path.resolve)  # few folders hold many files
-    for file in (root / path for path in paths):
-        real = file.resolve() if file.is_symlink() else resolved(file.parent) / file.name
-        if ".." in file.parts[len(root.parts):] or not real.is_relative_to(home):
-            raise UserError(f"{file}: leads out of the data folder {home}, to {real}; move or copy the files below "
-                            "it, or set data.root to the folder that holds them")
+def by_key(root: Path, files: Iterable[Found], what: str) -> dict[str, Found]:
+    """Return the files by their keys; raise a `UserError` if two have the same key."""
+    found: dict[str, Found] = {}
+    for file in files:
+        other = found.setdefault(file.key, file)
+        if other is not file:
+            reason = (f"both are the {what} of a tile with the key '{file.key}'" if composed(other.path) !=
+                      composed(file.path) else "the names differ only in how accents are written")
+            raise UserError(f"{root / other.path} and {root / file.path}: {reason}; rename or remove one of the files")
+    return found
 
 
 def _natural(key: str) -> tuple[list[tuple[int, int, str]], str]:
@@ -182,8 +180,12 @@ def split_by_group(tiles: Sequence[Tile], test_fraction: float, seed: int) -> li
     if not test:
         test = list(min(groups, key=len, default=[]))
     if len(test) == len(tiles):
-        raise UserError(f"too few groups (slides, patients) for a training and a test set: {len(groups)}, with "
-                        f"{len(tiles)} tiles that can be kept; at least two are needed")
+        advice = "add tiles"
+        if len(tiles) > 1:
+            advice = ("add tiles of another slide or patient, or leave out data.group and {group} to split single "
+                      "tiles; tiles of one slide are then on both sides, which makes scores too high")
+        raise UserError(f"a training and a test set need at least two groups (slides, patients), but the {len(tiles)} "
+                        f"tiles that can be kept are of one: {advice}")
     chosen = set(test)
     return ["test" if i in chosen else "train" for i in range(len(tiles))]
 
@@ -196,6 +198,17 @@ def places_by_group(names: Sequence[str]) -> list[list[int]]:
     return list(places.values())
 
 
+def warn_about_small_tiles(sizes: np.ndarray, config: Config) -> None:
+    """Warn about tiles of these sizes (N, 2) that are smaller than a training crop."""
+    crop, multiple, smallest = config.data.crop, config.model.multiple, int(sizes.min())
+    small = np.count_nonzero(sizes.min(axis=1) < crop)
+    if small:
+        fitting = smallest // multiple * multiple
+        advice = f"; with data.crop={fitting} none would be" if fitting >= 2 * multiple else ""
+        warn(f"tiles smaller than data.crop={crop} on a side: {small} of {len(sizes)}. Training mirrors them at their "
+             f"borders up to this size, and no loss counts the mirrored pixels{advice}")
+
+
 # ---------------------------------------------------------------------------------------------- tiles.csv
 
 def write_tiles(path: Path, tiles: Sequence[Tile]) -> None:
@@ -205,11 +218,30 @@ def write_tiles(path: Path, tiles: Sequence[Tile]) -> None:
     write_csv(path, rows, [f.name for f in fields(Tile)])
 
 
-def read_tiles(root: Path) -> list[Tile]:
-    """Read and check the list of a data root. It comes in the natural order of the keys, on which training depends."""
-    tiles = read_list(root / TILE_LIST)
-    reject_outside(root, [path for tile in tiles for path in (tile.image, tile.mask)])
+def read_tiles(data: Data) -> list[Tile]:
+    """Read and check the list of tiles. It comes in the natural order of the keys, on which training depends."""
+    check_list_folder(data)
+    tiles = read_list(data.list_folder / TILE_LIST)
+    reject_outside(Path(data.root), [path for tile in tiles for path in tile.pair])
     return tiles
+
+
+def check_list_folder(data: Data) -> None:
+    """Raise a `UserError` if data.cache holds the list of another data folder."""
+    note = data.list_folder / CACHE_NOTE
+    if data.cache and note.is_file():
+        other = Path(note.read_text(encoding="utf-8").strip())
+        if other.is_dir() and not (Path(data.root).is_dir() and other.samefile(data.root)):
+            raise UserError(f"data.cache={data.cache} belongs to the tiles of {other}, but data.root is {data.root}; "
+                            "give each data folder a cache of its own")
+
+
+def claim_list_folder(data: Data) -> None:
+    """Create data.cache, and note there to which data folder it belongs."""
+    if data.cache:
+        with writing(data.list_folder):
+            data.list_folder.mkdir(parents=True, exist_ok=True)
+        write_text(data.list_folder / CACHE_NOTE, f"{Path(data.root).resolve()}\n")
 
 
 def read_list(path: Path) -> list[Tile]:
@@ -272,131 +304,3 @@ def identity(tiles: Iterable[Tile]) -> str:
     """Return a sha256 of what a run depends on: key, files, group and split of the kept tiles, in any order."""
     kept = sorted((tile.key, tile.image, tile.mask, tile.group, tile.split) for tile in tiles if tile.split in SPLITS)
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- the packed store
-
-@dataclass(frozen=True)
-class Store:
-    """The packed tiles, and sums over each tile from which the statistics of any selection follow at once."""
-
-    pixels: np.memmap  # (N, H, W, 4) uint8, read-only: red, green, blue and class
-    sums: np.ndarray  # (N, 6 + K) int64: red, green, blue, their squares, pixels of each class
-
-
-def open_store(root: Path, tiles: Sequence[Tile], mask_values: Sequence[int]) -> Store:
-    """Map the tiles of tiles.u8 into memory. Pack the file first if it is absent or stale.
-
-    It is stale if its format, the list, its order, `mask_values`, or the size or time of a file has changed.
-    """
-    path, signature = root / STORE, _signature(root, tiles, mask_values)
-    store = _read_store(path, signature)
-    if store is None:
-        busy = f"{root}: another process packs {STORE} or writes {TILE_LIST}"
-        with locked(root / LOCK, path, busy, wait=True):
-            remove_leftovers(root, STORE)
-            store = _read_store(path, signature)  # another process may have packed it meanwhile
-            if store is None:
-                _pack(path, root, tiles, mask_values, signature)
-                store = _read_store(path, signature)
-    if store is None:
-        raise UserError(f"{path}: another program changed it as soon as it was packed; run the command again")
-    return store
-
-
-def _signature(root: Path, tiles: Sequence[Tile], mask_values: Sequence[int]) -> str:
-    digest = hashlib.sha256(repr(list(mask_values)).encode())
-    for name in (name for tile in tiles for name in (tile.image, tile.mask)):
-        with reading(root / name):
-            stat = (root / name).stat()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
-
-
-def _read_store(path: Path, signature: str) -> Store | None:
-    """Return the store, or None if the file is not whole or has another format or signature.
-
-    Everything is read from one open file, because another process may replace the store between two calls of `open`.
-    """
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(HEADER_BYTES))
-            shape, sums_shape = tuple(header["shape"]), tuple(header["sums"])
-            end_of_pixels = HEADER_BYTES + math.prod(shape)
-            size = end_of_pixels + 8 * math.prod(sums_shape)
-            if (header["format"], header["signature"], file.seek(0, 2)) != (STORE_FORMAT, signature, size):
-                return None
-            file.seek(end_of_pixels)
-            sums = np.frombuffer(file.read(), "<i8").reshape(sums_shape)
-            return Store(np.memmap(file, np.uint8, mode="r", offset=HEADER_BYTES, shape=shape), sums)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _pack(path: Path, root: Path, tiles: Sequence[Tile], mask_values: Sequence[int], signature: str) -> None:
-    """Write header, pixels and sums of the tiles into one file."""
-    height, width = picture_size(root / tiles[0].image)
-    sums = np.empty((len(tiles), 6 + len(mask_values)), "<i8")
-    header = {"format": STORE_FORMAT, "shape": [len(tiles), height, width, 4], "sums": sums.shape,
-              "signature": signature}
-    with (replacing(path) as temporary, temporary.open("wb") as file,
-          Progress("pack tiles", len(tiles), "tile") as progress):
-        file.write(json.dumps(header).encode().ljust(HEADER_BYTES))
-        for i, tile in enumerate(tiles):
-            image, mask = read_pair(root, tile, mask_values)
-            if mask.shape != (height, width):
-                raise UserError(f"{root / tile.image}: {mask.shape[0]} x {mask.shape[1]} pixels, but "
-                                f"{root / tiles[0].image} has {height} x {width}; all tiles must have one size")
-            file.write(np.dstack([image, mask]).tobytes())
-            sums[i] = sums_of(image, mask, len(mask_values))
-            progress.advance()
-        file.write(sums.tobytes())
-
-
-def read_pair(root: Path, tile: Tile, mask_values: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return image (H, W, 3) and class indices (H, W), both uint8 and of one size."""
-    image, mask = read_image(root / tile.image), read_mask(root / tile.mask, mask_values)
-    reject_different_sizes(root, tile, image.shape[:2], mask.shape)
-    return image, mask
-
-
-def reject_different_sizes(root: Path, tile: Tile, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
-    """Raise a `UserError` unless the sizes (height, width) of a tile's image and mask agree."""
-    if image != mask:
-        raise UserError(f"{root / tile.mask}: the mask is {mask[0]} x {mask[1]} pixels (height x width), its image "
-                        f"{root / tile.image} is {image[0]} x {image[1]}; they must agree")
-
-
-# ---------------------------------------------------------------------------------------------- statistics
-
-@dataclass(frozen=True)
-class Statistics:
-    """What training learns about its tiles before it starts. Part of each checkpoint."""
-
-    mean: list[float]  # of red, green, blue, in [0, 1]
-    std: list[float]
-    frequencies: list[float]  # share of the pixels of each class (section 6.1.1)
-
-    def equals(self, other: "Statistics") -> bool:
-        """Return whether both come from the same tiles; another processor may round the last bit differently."""
-        return all(np.allclose(ours, theirs, rtol=1e-9, atol=0) for ours, theirs in
-                   zip(asdict(self).values(), asdict(other).values(), strict=True))
-
-
-def sums_of(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
-    """Return (6 + K,) int64 of an image (H, W, 3) and its class indices (H, W): a row of `Store.sums`."""
-    values = image.reshape(-1, 3).astype(np.uint32)
-    return np.concatenate([values.sum(0, np.int64), (values * values).sum(0, np.int64),
-                           np.bincount(mask.ravel(), minlength=classes)])
-
-
-def statistics_of(sums: np.ndarray) -> Statistics:
-    """Return the statistics of the tiles whose rows of `Store.sums` (n, 6 + K) are given."""
-    total = [int(number) for number in sums.sum(axis=0)]  # Python's integers are exact
-    values, squares, counts = total[:3], total[3:6], total[6:]
-    pixels = sum(counts)
-    variances = [(pixels * square - value**2) / (255 * pixels)**2 for value, square in
-                 zip(values, squares, strict=True)]
-    return Statistics([value / (255 * pixels) for value in values],
-                      [math.sqrt(max(variance, 1e-12)) for variance in variances],
-                      [count / pixels for count in counts])

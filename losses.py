@@ -5,7 +5,8 @@
     w   class weights, equation 4                     weights (K,)
 
 Every loss maps logits (B, K, H, W) and target (B, H, W) to a scalar. It is computed in float32, whatever the precision
-of the network. The report prints equations 2 and 3 without their minus sign, equation 6 without an epsilon, and
+of the network. Pixels whose target is IGNORE are left out of every sum and number, and have no gradient; without others
+the loss is 0. The report prints equations 2 and 3 without their minus sign, equation 6 without an epsilon, and
 equation 12 with the wrong sign of the Dice term. They are corrected here.
 """
 
@@ -13,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from common.masks import IGNORE
 
 EPSILON = 1e-6
 
@@ -22,11 +25,13 @@ def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None)
 
     `torch.nn.CrossEntropyLoss(weight)` divides by the sum of the weights instead, so their scale has no effect there.
     """
+    labelled = target != IGNORE                                                      # (B, H, W)
+    classes = target.masked_fill(~labelled, 0)                                       # (B, H, W)
     log_probs = torch.log_softmax(logits.float(), dim=1)                             # (B, K, H, W)
-    true_log_probs = log_probs.gather(1, target[:, None])[:, 0]                      # (B, H, W)
+    true_log_probs = log_probs.gather(1, classes[:, None])[:, 0]                     # (B, H, W)
     if weights is not None:
-        true_log_probs = true_log_probs * weights[target]                            # (B, H, W)
-    return -true_log_probs.mean()
+        true_log_probs = true_log_probs * weights[classes]                           # (B, H, W)
+    return -_mean(true_log_probs.masked_fill(~labelled, 0), labelled)
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
@@ -34,18 +39,30 @@ def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
 
     A class that is absent from the target scores 0. So a perfect prediction of a tile with two of three classes has
     0.667. The absent class's term has no gradient: a falsely predicted class costs only what it takes from the other
-    classes. Epsilon stands only in the denominator, where it prevents 0/0.
+    classes. Epsilon stands only in the denominator, where it prevents 0/0. A tile of ignored pixels has 0.
     """
-    probs = torch.softmax(logits.float(), dim=1)                                     # (B, K, H, W)
-    one_hot = torch.zeros_like(probs).scatter_(1, target[:, None], 1.0)              # (B, K, H, W)
+    labelled = (target != IGNORE)[:, None]                                           # (B, 1, H, W)
+    classes = target[:, None].masked_fill(~labelled, 0)                              # (B, 1, H, W)
+    probs = torch.softmax(logits.float(), dim=1) * labelled                          # (B, K, H, W)
+    one_hot = torch.zeros_like(probs).scatter_(1, classes, labelled.to(probs.dtype))  # (B, K, H, W)
     overlap = (one_hot * probs).sum(dim=(2, 3))                                      # (B, K)
     total = one_hot.sum(dim=(2, 3)) + probs.sum(dim=(2, 3))                          # (B, K)
     return (2 * overlap / (total + EPSILON)).mean(dim=1)                             # (B,)
 
 
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean of the values that count, a bool for each; the others must be 0. Without any it is 0."""
+    return values.mean() * (values.numel() / counts.sum().clamp(min=1))  # the factor is exactly 1 if all count
+
+
+def _mean_soft_dice(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean soft Dice over the tiles that have a labelled pixel."""
+    return _mean(soft_dice(logits, target), (target != IGNORE).flatten(1).any(dim=1))
+
+
 def dice(logits: Tensor, target: Tensor) -> Tensor:
     """Return equation 6: the negated soft Dice, from -1 (best) to 0."""
-    return -soft_dice(logits, target).mean()
+    return -_mean_soft_dice(logits, target)
 
 
 def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
@@ -59,7 +76,8 @@ def log_dice_ce(logits: Tensor, target: Tensor) -> Tensor:
     As printed, log(-DICE) + CE falls without bound as the overlap vanishes. The logarithm is of the batch's mean, as in
     equation 6, so unlike the other losses this one is not a mean over tiles.
     """
-    return cross_entropy(logits, target) - torch.log(soft_dice(logits, target).mean().clamp(min=EPSILON))
+    log_dice = torch.log(_mean_soft_dice(logits, target).clamp(min=EPSILON))
+    return cross_entropy(logits, target) - log_dice * (target != IGNORE).any()
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -31,7 +31,7 @@ from training.epochs import moving_average, run_epoch
 from training.learner import Learner, build_learner
 from training.training_set import TrainingSet, prepare_data
 
-RESUME_MAY_CHANGE = ("device", "data.root", "train.epochs", "train.early_stop")
+RESUME_MAY_CHANGE = ("device", "data.root", "data.cache", "train.epochs", "train.early_stop")
 SECONDS_BETWEEN_FIGURES = 60
 LESS_MEMORY = ("start a new run with a smaller train.batch_size (half of it needs half the memory), a smaller "
                "data.crop (half of it needs a quarter) or smaller model.widths")

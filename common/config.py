@@ -2,10 +2,15 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from common import geometry
 from common.console import UserError, check
+from common.patterns import folder_wildcards
+
+MOST_CLASSES = 254  # two numbers of a byte are needed for pixels without a class (common/masks.py)
+MASK_SETTINGS = ("mask_values", "colours", "masks_by", "threshold", "ignore")  # of `Data`: how masks are read
 
 
 @dataclass(frozen=True)
@@ -13,34 +18,92 @@ class Data:
     """Where the tiles lie, what the values of a mask mean, how tiles are grouped and cropped."""
 
     root: str = "data/crc"
-    images: str = "frames/frame#{key}.png"  # below root
+    cache: str = ""  # the folder of tiles.csv, the packed store and the filter's report; "" = root
+    images: str = "frames/frame#{key}.png"  # below root; common/patterns.py lists what a pattern may hold
     masks: str = "masks/mask#{key}.png"  # below root
     classes: tuple[str, ...] = ("background", "tissue", "tumour")  # the first one is the background
-    mask_values: tuple[int, ...] = (26, 51, 77)  # the value of each class in a mask
+    mask_values: tuple[int, ...] = (26, 51, 77)  # the grey level or palette index of each class in a mask
+    colours: tuple[int | str, ...] = ()  # rrggbb of each class in a mask, in place of mask_values
+    masks_by: Literal["auto", "index", "colour"] = "auto"  # how to read palettes; auto: by index, without colours
+    threshold: int | None = None  # of two classes, the second begins at this grey level; in place of mask_values
+    ignore: tuple[int | str, ...] = ()  # mask values or colours of pixels without a class
     group: str = ""  # regular expression that finds the slide or patient in the key; "" = every tile for itself
     test_fraction: float = 0.2
     crop: int = 256  # pixels, the side of a training crop
 
     def __post_init__(self):
-        for name in ("images", "masks"):
-            pattern = getattr(self, name)
-            is_plain = not {"", ".", ".."} & set(pattern.split("/")) and "\\" not in pattern
-            check(is_plain and pattern.count("{key}") == 1, f"data.{name} must be a plain path below data.root that "
-                  f"contains {{key}} exactly once, such as frames/frame#{{key}}.png; it is '{pattern}'")
-        count, values = len(self.classes), self.mask_values
+        self._check_patterns()
+        count = len(self.classes)
         check(len(set(self.classes)) == count >= 2, "data.classes must be at least two names, all different; it is "
               f"{list(self.classes)}")
         for name, meaning in (("mean", "the average over classes"), ("all", "all classes together")):
             check(name not in self.classes, f"data.classes: '{name}' means {meaning}; choose another name")
-        check(len(set(values)) == len(values) == count and all(0 <= value <= 255 for value in values),
-              f"data.mask_values must be {count} different values from 0 to 255, one for each class; it is "
-              f"{list(values)}")
+        check(count <= MOST_CLASSES, f"data.classes: at most {MOST_CLASSES} classes are possible; there are {count}")
+        self._check_mask_codes()
         check(0 < self.test_fraction < 1, f"data.test_fraction must lie between 0 and 1; it is {self.test_fraction}")
         check(self.crop >= 1, f"data.crop must be a number of pixels; it is {self.crop}")
         try:
             re.compile(self.group)
         except re.error as error:
             raise UserError(f"data.group '{self.group}' is not a regular expression: {error}") from None
+
+    def _check_patterns(self) -> None:
+        for name in ("images", "masks"):
+            pattern = getattr(self, name)
+            *folders, last = pattern.split("/")
+            is_plain = not {"", ".", ".."} & {*folders, last} and "\\" not in pattern
+            check(is_plain and pattern.count("{key}") == 1, f"data.{name} must be a plain path below data.root that "
+                  f"contains {{key}} exactly once, such as frames/frame#{{key}}.png; it is '{pattern}'")
+            check(pattern.count("{group}") <= 1 and "**" not in last and all(
+                  part == "**" or "**" not in part for part in folders), f"data.{name} may contain {{group}} once, and "
+                  f"** only in place of a whole folder, such as **/{{key}}.png; it is '{pattern}'")
+        of_images, of_masks = ((folder_wildcards(pattern), "{group}" in pattern) for pattern in
+                               (self.images, self.masks))
+        check(of_images == of_masks, f"data.images '{self.images}' and data.masks '{self.masks}' must have the same "
+              "wildcards in their folders, and {group} in both or in neither, since all of these are part of the key")
+        check(not (self.group and of_images[1]), "data.group and {group} in data.images both say what the group is; "
+              "leave out one of them")
+
+    def _check_mask_codes(self) -> None:
+        """Check what the settings say about the values or colours of masks; write colours as rrggbb."""
+        count = len(self.classes)
+        if self.threshold is not None:
+            check(count == 2 and 1 <= self.threshold <= 255, "data.threshold is a grey level from 1 to 255 and needs "
+                  f"two classes; it is {self.threshold}, and data.classes is {list(self.classes)}")
+            check(not self.colours and not self.ignore, "data.threshold reads every grey level as one of two classes; "
+                  "leave out data.colours and data.ignore")
+            if self.mask_values == Data.mask_values:
+                object.__setattr__(self, "mask_values", (0, 255))
+        values = self.mask_values
+        if self.colours:
+            check(values == Data.mask_values, "data.colours takes the place of data.mask_values; leave out one of them")
+            check(self.masks_by != "index", "data.masks_by=index reads indices of palettes, not data.colours; leave "
+                  "out one of them")
+            for name in ("colours", "ignore"):
+                given = [str(colour).lower().removeprefix("#") for colour in getattr(self, name)]
+                check(all(re.fullmatch("[0-9a-f]{6}", colour) for colour in given), f"data.{name} must be colours such "
+                      f"as 00ff00 (red, green, blue from 00 to ff); it is {list(getattr(self, name))}")
+                object.__setattr__(self, name, tuple(given))
+            check(len(set(self.colours)) == len(self.colours) == count, f"data.colours must be {count} different "
+                  f"colours, one for each class; it is {list(self.colours)}")
+        else:
+            check(len(set(values)) == len(values) == count and all(0 <= value <= 255 for value in values),
+                  f"data.mask_values must be {count} different values from 0 to 255, one for each class; it is "
+                  f"{list(values)}")
+            check(all(type(value) is int and 0 <= value <= 255 for value in self.ignore), "data.ignore must be mask "
+                  f"values from 0 to 255, or with data.colours colours; it is {list(self.ignore)}")
+        both = sorted({*self.ignore} & {*(self.colours or values)}, key=str)
+        check(not both, f"data.ignore: {', '.join(map(str, both))} stands for a class, so it cannot be ignored")
+
+    @property
+    def palettes_by_colour(self) -> bool:
+        """Whether a palette's colours stand for classes, and not its indices."""
+        return bool(self.colours) or self.masks_by == "colour"
+
+    @property
+    def list_folder(self) -> Path:
+        """The folder of tiles.csv, the packed store and the filter's report."""
+        return Path(self.cache or self.root)
 
 
 @dataclass(frozen=True)

@@ -163,10 +163,15 @@ def _convert(expected: Any, value: Any, name: str) -> Any:
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         check(value in arguments, f"{name} must be one of {', '.join(arguments)}; it is {value!r}{hint}")
         return value
+    if form is types.UnionType and types.NoneType not in arguments:  # int | str
+        check(type(value) in arguments, f"{name} must be a whole number or text; it is {value!r}")
+        return value
     if form is types.UnionType:  # float | None
         is_off = value is None or value is False or value == "none"  # YAML 1.1 reads `off` as false
         return None if is_off else _convert(arguments[0], value, name)
     if form is tuple:
+        if typing.get_origin(arguments[0]) is types.UnionType and type(value) in typing.get_args(arguments[0]):
+            value = [value]  # data.ignore=255
         check(isinstance(value, list | tuple), f"{name} must be a list such as [1, 2]; it is {value!r}")
         return tuple(_convert(arguments[0], item, name) for item in value)
     if expected is float:

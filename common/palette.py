@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from common.files import replacing
+from common.masks import IGNORE
 
 matplotlib.rcParams["text.parse_math"] = False  # names of tiles, runs and classes may contain a $
 # the colours of Okabe and Ito, which suit every kind of colour vision; the first one is the background
 PALETTE = ("#f2f2f2", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#0072b2", "#cc79a7", "#000000")
 ERROR = "#c2007a"
+IGNORED = "#777777"  # the lines over pixels without a class
 FOLD, TRAIN, VALIDATION = "#999999", "#0072b2", "#d55e00"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # of candidates
 
@@ -46,9 +48,26 @@ def legend(classes: Sequence[str]) -> Figure:
     return figure
 
 
+def ignored_patch() -> Patch:
+    """Return the handle of a legend for pixels without a class."""
+    return Patch(facecolor="white", edgecolor=IGNORED, hatch="////", label="ignored")
+
+
+def hatch(area: np.ndarray) -> np.ndarray:
+    """Return (H, W) bool: the pixels of diagonal lines inside an area (H, W) bool, about 40 across its longer side."""
+    step = max(4, round(max(area.shape) / 40))
+    rows, columns = (np.arange(length) for length in area.shape)
+    return area & (np.add.outer(rows, columns) % step < max(1, step // 4))
+
+
 def colour_mask(mask: np.ndarray, classes: int) -> np.ndarray:
-    """Return the colours (H, W, 3) uint8 of class indices (H, W)."""
-    return class_colours(classes)[mask]
+    """Return the colours (H, W, 3) uint8 of classes (H, W); pixels without a class are white with grey lines."""
+    ignored = mask == IGNORE
+    colours = class_colours(classes)[np.where(ignored, 0, mask)]
+    if ignored.any():
+        colours[ignored] = 255
+        colours[hatch(ignored)] = rgb(IGNORED)
+    return colours
 
 
 def save(figure: Figure, path: Path) -> None:

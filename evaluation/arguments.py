@@ -11,7 +11,7 @@ from common.files import file_name
 if TYPE_CHECKING:  # torch takes seconds to import, and parsing arguments does not need it
     from evaluation.candidates import Candidate
 
-MAY_CHANGE = ("device", "data.root")  # settings of a trained model that an override may change
+MAY_CHANGE = ("device", "data.root", "data.cache")  # settings of a trained model that an override may change
 ALWAYS_USED = ("runs", "traceback")
 LONGEST_NAME = 120  # characters in the name of a folder
 
@@ -19,7 +19,7 @@ LONGEST_NAME = 120  # characters in the name of a folder
 def add_run_arguments(parser: ArgumentParser) -> None:
     """Add the arguments that choose trained models, tiles, precision and device."""
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders or checkpoint files, e.g. runs/dice_ce, "
-                        f"and overrides (with a run only of {' and '.join(MAY_CHANGE)})")
+                        f"and overrides (with a run only of {', '.join(MAY_CHANGE)})")
     parser.add_argument("--checkpoint", default="best", metavar="best|last|PATH", help="(default: %(default)s)")
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="(default: %(default)s)")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto is bf16 where "

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import Config
+from common.config import MASK_SETTINGS, Config
 from common.config_files import apply_overrides, leaves, load_config
 from common.console import UserError
 from common.devices import choose_device, choose_precision, memory_format
 from common.files import file_name
-from common.pictures import picture_size, read_mask
-from dataset import Statistics, Tile, composed, files_by_key
+from common.masks import IGNORE, read_mask
+from common.patterns import composed, find_files
+from common.pictures import picture_size
+from common.statistics import Statistics
+from dataset import Tile, by_key
 from evaluation.arguments import MAY_CHANGE, run_folder_of
 from evaluation.inference import Predictor
 from training import checkpoints, run_folder
@@ -25,7 +28,8 @@ from training.batches import normalise
 from unet import UNet
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
-MUST_AGREE = re.compile(r"name|loss|model|data\.(classes|mask_values)")  # settings of config.yaml and of a checkpoint
+MUST_AGREE = re.compile(  # settings of config.yaml and of a checkpoint
+    rf"name|loss|model|data\.(classes|{'|'.join(MASK_SETTINGS)})")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Candidate:
         if self.predictor:
             logits = self.predictor.logits(images)
             return logits.argmax(1), logits
-        masks = [read_mask(self.label_images[tile.key], self.config.data.mask_values) for tile in tiles]
+        masks = [read_mask(self.label_images[tile.key], self.config.data) for tile in tiles]
         return torch.from_numpy(np.stack(masks)).to(images.device).long(), None
 
     def model_facts(self) -> dict:
@@ -147,7 +151,7 @@ def _find_checkpoint(path: Path, which: str) -> tuple[Path, Path]:
 
 
 def _config_of_run(folder: Path, checkpoint: checkpoints.Checkpoint, overrides: Sequence[str]) -> Config:
-    """Return the checkpoint's config with the run's data root and device, which may have changed since, and overrides.
+    """Return the checkpoint's config with the run's data folders and device, which may have changed, and overrides.
 
     Raise a `UserError` if config.yaml and the checkpoint do not belong together.
     """
@@ -155,7 +159,7 @@ def _config_of_run(folder: Path, checkpoint: checkpoints.Checkpoint, overrides: 
     current = load_config(path) if path.exists() else checkpoint.config
     may_differ = [name for name, _ in leaves(current) if not MUST_AGREE.match(name)]
     checkpoints.reject_other_settings(current, checkpoint, may_differ)
-    data = replace(checkpoint.config.data, root=current.data.root)
+    data = replace(checkpoint.config.data, root=current.data.root, cache=current.data.cache)
     config = replace(checkpoint.config, data=data, device=current.device)
     return apply_overrides(config, overrides, allowed=MAY_CHANGE)
 
@@ -171,8 +175,10 @@ def candidate_of_labels(pattern: str, config: Config, tiles: Sequence[Tile]) -> 
         raise UserError(f"{folder}: no such folder of label images; give a folder, or a pattern with {{key}} in it")
     if has_key:
         anchor = Path(Path(pattern).anchor)
-        found = files_by_key(anchor, Path(pattern).relative_to(anchor).as_posix())
-        label_images = {tile.key: anchor / found[tile.key] for tile in tiles if tile.key in found}
+        files, _ = find_files(anchor, Path(pattern).relative_to(anchor).as_posix())
+        wanted = {tile.key for tile in tiles}
+        found = by_key(anchor, [file for file in files if file.key in wanted], "label image")
+        label_images = {key: anchor / file.path for key, file in found.items()}
     else:
         label_images = _match_folder(folder, tiles)
     for tile in tiles:
@@ -183,7 +189,9 @@ def candidate_of_labels(pattern: str, config: Config, tiles: Sequence[Tile]) -> 
         if size != expected:
             raise UserError(f"{path}: {size[0]} x {size[1]} pixels (height x width), but {mask} has {expected[0]} x "
                             f"{expected[1]}; both must have the same size")
-        read_mask(path, config.data.mask_values)  # raises a UserError for any other value
+        if (read_mask(path, config.data) == IGNORE).any():  # which raises a UserError for unknown values
+            raise UserError(f"{path}: some pixels have a value or colour of data.ignore; a prediction must give every "
+                            "pixel a class")
     name = Path(pattern).stem.replace("{key}", "") if has_key else Path(pattern).name
     name = name.strip("-_#. ") or folder.resolve().name
     return Candidate(name, config, Path(pattern), choose_device(config.device), label_images=label_images)

@@ -8,14 +8,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torchvision.utils import draw_segmentation_masks
 
-from common.palette import ERROR, SERIES, class_patches, colour_mask
+from common.masks import IGNORE
+from common.palette import ERROR, IGNORED, SERIES, class_patches, colour_mask, hatch, ignored_patch, rgb
 
 
 def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Return the image (H, W, 3) in pale grey with every wrong pixel in the error colour, uint8."""
+    """Return the image (H, W, 3) in pale grey, wrong pixels in the error colour and ignored ones hatched, uint8."""
     grey = (128 + image.mean(-1) / 2).astype(np.uint8)
+    grey[hatch(target == IGNORE)] = rgb(IGNORED)[0]
     pale = torch.from_numpy(np.stack([grey] * 3))                                    # (3, H, W)
-    wrong = torch.from_numpy(target != prediction)                                   # (H, W)
+    wrong = torch.from_numpy((target != prediction) & (target != IGNORE))            # (H, W)
     return draw_segmentation_masks(pale, wrong, alpha=1.0, colors=ERROR).movedim(0, -1).numpy()
 
 
@@ -46,6 +48,8 @@ def tiles(rows: Sequence[tuple], names: Sequence[str], classes: Sequence[str]) -
                 axis.set_title(title, fontsize=11)
         axes[0].set_ylabel(f"{key}\n{why}" if why else key, fontsize=8)
     handles = class_patches(classes)
+    if any((target == IGNORE).any() for _, _, _, target, _ in rows):
+        handles.append(ignored_patch())
     if len(names) == 1:
         handles.append(Patch(facecolor=ERROR, edgecolor="grey", label="wrong class"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)

@@ -5,9 +5,10 @@
     surface     the pixels of a class that have a pixel of another class above, below, left or right, or touch the
                 tile's border
 
-A class is absent from a tile if neither truth nor prediction has it; its score is then NaN, and means leave it out. A
-class is missed if only the truth has it, and falsely predicted if only the prediction has it; it then has the worst
-score, which is 0, or for a distance the tile's diagonal.
+Pixels without a class (data.ignore) are left out of every count. A class is absent from a tile if neither truth nor
+prediction has it; its score is then NaN, and means leave it out. A class is missed if only the truth has it, and
+falsely predicted if only the prediction has it; it then has the worst score, which is 0, or for a distance the tile's
+diagonal.
 """
 
 import math
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import Tensor
+
+from common.masks import IGNORE
 
 BINS = 15  # of confidence
 SURFACE_SCORES = ("hausdorff", "hd95", "surface_dice")
@@ -35,8 +38,9 @@ class Tally:
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     """Count the pixels (B, K, K) int64 of class [truth, prediction]; both (B, H, W) hold class indices."""
     tile = torch.arange(len(target), device=target.device)[:, None, None]
-    pairs = (tile * classes + target) * classes + prediction                         # (B, H, W)
-    return torch.bincount(pairs.flatten(), minlength=len(target) * classes**2).reshape(-1, classes, classes)
+    pairs, bins = (tile * classes + target) * classes + prediction, len(target) * classes**2  # (B, H, W)
+    pairs = pairs.masked_fill(target == IGNORE, bins)  # one more bin
+    return torch.bincount(pairs.flatten(), minlength=bins + 1)[:bins].reshape(-1, classes, classes)
 
 
 def calibration(logits: Tensor, target: Tensor) -> Tensor:
@@ -47,12 +51,13 @@ def calibration(logits: Tensor, target: Tensor) -> Tensor:
     """
     confidence, prediction = torch.softmax(logits.float(), dim=1).max(dim=1)         # (B, H, W)
     tile = torch.arange(len(target), device=target.device)[:, None, None]
-    place = (tile * BINS + (confidence * BINS).long().clamp(max=BINS - 1)).flatten()
+    place = tile * BINS + (confidence * BINS).long().clamp(max=BINS - 1)             # (B, H, W)
+    place = place.masked_fill(target == IGNORE, len(target) * BINS).flatten()  # one more bin
     values = torch.stack([torch.ones_like(place), (confidence * 2**24).long().flatten(),
                           (prediction == target).long().flatten()])                  # (3, B H W)
-    sums = torch.zeros(3, len(target) * BINS, dtype=torch.long, device=target.device)
+    sums = torch.zeros(3, len(target) * BINS + 1, dtype=torch.long, device=target.device)
     sums.scatter_add_(1, place.expand(3, -1), values)
-    sums = sums.reshape(3, -1, BINS).movedim(1, 0).cpu().double()                    # (B, 3, BINS)
+    sums = sums[:, :-1].reshape(3, -1, BINS).movedim(1, 0).cpu().double()                    # (B, 3, BINS)
     return sums * torch.tensor([1, 2**-24, 1], dtype=torch.double)[:, None]
 
 
@@ -60,14 +65,17 @@ def surfaces(prediction: np.ndarray, target: np.ndarray, classes: int, tolerance
     """Return Hausdorff distance, HD95 (pixels) and surface Dice of each class, (K, 3), for one tile (H, W).
 
     HD95 is the larger of the two directions' 95th percentiles. Surface Dice is the share of both surfaces that lies
-    within `tolerance` pixels of the other surface (Nikolov et al. 2018, on pixels).
+    within `tolerance` pixels of the other surface (Nikolov et al. 2018, on pixels). Ignored pixels have no surface, and
+    none lies against them; a class without a surface counts as absent.
     """
     scores = np.full((classes, 3), np.nan)
+    ignored = target == IGNORE
+    ignored = ignored if ignored.any() else None
     for k in range(classes):
-        masks = [labels == k for labels in (target, prediction)]
-        present = [mask.any() for mask in masks]
+        edges = [_surface(labels == k, ignored) for labels in (target, prediction)]
+        present = [edge.any() for edge in edges]
         if all(present):
-            there, back = _surface_distances(*masks)
+            there, back = _surface_distances(*edges)
             percentile = max(np.percentile(there, 95), np.percentile(back, 95))
             near = (there <= tolerance).sum() + (back <= tolerance).sum()
             scores[k] = max(there.max(), back.max()), percentile, near / (len(there) + len(back))
@@ -77,9 +85,15 @@ def surfaces(prediction: np.ndarray, target: np.ndarray, classes: int, tolerance
     return scores
 
 
-def _surface_distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distances from each surface pixel of mask `a` to the surface of `b`, and back."""
-    edges = [mask & ~binary_erosion(mask) for mask in (a, b)]
+def _surface(mask: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
+    """Return the surface pixels (H, W) of a mask (H, W)."""
+    if ignored is None:
+        return mask & ~binary_erosion(mask)
+    return mask & ~ignored & ~binary_erosion(mask | ignored)
+
+
+def _surface_distances(*edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distances from each pixel of the first of two surfaces (H, W) to the second one, and back."""
     rows, columns = (np.flatnonzero((edges[0] | edges[1]).any(axis)) for axis in (1, 0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     edges = [edge[box] for edge in edges]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from common import palette
 from common.console import Progress
+from common.masks import IGNORE
 from evaluation import report
 from evaluation.results import Evaluation, evenly_spaced, json_number, tile_columns
 
@@ -42,7 +43,7 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
                   if (folder / f"{name}.png").exists()},
         gallery=gallery(evaluation, places), shown=len(places), total=len(evaluation.test_set.tiles),
         colours=[f"#{bytes(colour).hex()}" for colour in palette.class_colours(len(evaluation.classes))],
-        error_colour=palette.ERROR)
+        error_colour=palette.ERROR, ignored_colour=palette.IGNORED if evaluation.test_set.config.data.ignore else "")
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 
@@ -98,7 +99,8 @@ def gallery(evaluation: Evaluation, places: list[int]) -> dict:
                           **thumbnails(evaluation, i, side)})
             progress.advance()
     return {"entries": [candidate.name for candidate in evaluation.candidates], "tiles": tiles,
-            "scale": min(1, side / max(evaluation.test_set.store.shape[1:3])),
+            "scale": min(1, side / evaluation.sizes[places].max()),
+            "several_sizes": len(np.unique(evaluation.sizes, axis=0)) > 1,
             "scores": [_describe_column(name) for name in scores[0]]}
 
 
@@ -136,12 +138,16 @@ def thumbnails(evaluation: Evaluation, i: int, side: int) -> dict:
     photo = io.BytesIO()
     Image.fromarray(image).resize(size, Image.Resampling.BOX).save(photo, "JPEG", quality=80)
     truth = shrunk(target)
+    ignored = truth == IGNORE
     predictions = [shrunk(evaluation.predicted(candidate, i)) for candidate in range(len(evaluation.candidates))]
-    error_colours = np.array([[255, 255, 255], palette.rgb(palette.ERROR)])
-    return {"image": _address("jpeg", photo.getvalue()), "truth": _labels_address(truth, colours),
+    lines, hatched = palette.rgb(palette.IGNORED), palette.hatch(ignored)
+    error_colours = np.array([[255, 255, 255], palette.rgb(palette.ERROR), lines])
+    truth_colours = np.array([*colours, [255, 255, 255], lines])
+    shown = np.where(ignored, len(colours) + hatched, truth).astype(np.uint8)
+    return {"image": _address("jpeg", photo.getvalue()), "truth": _labels_address(shown, truth_colours),
             "predictions": [_labels_address(prediction, colours) for prediction in predictions],
-            "errors": [_labels_address((prediction != truth).astype(np.uint8), error_colours, transparency=0)
-                       for prediction in predictions]}
+            "errors": [_labels_address(np.where(ignored, 2 * hatched, prediction != truth).astype(np.uint8),
+                                       error_colours, transparency=0) for prediction in predictions]}
 
 
 def _labels_address(labels: np.ndarray, colours: np.ndarray, **options: int) -> str:

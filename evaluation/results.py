@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import bootstrap
-from common.pictures import read_mask
+from common.masks import read_mask
 from dataset import Tile
 from evaluation import metrics
 from evaluation.candidates import Candidate
@@ -41,15 +41,20 @@ class Evaluation:
         accuracy = np.stack([metrics.pixel_accuracy(tally.confusion) for tally in self.tallies])
         return np.argsort(accuracy.mean(0), kind="stable"), np.ptp(accuracy, axis=0)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Height and width of the tiles (N, 2)."""
+        return self.test_set.store.sizes[self.test_set.rows]
+
     def tile(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image (H, W, 3) and class indices (H, W), uint8."""
-        pixels = self.test_set.store[self.test_set.rows[i]]
+        """Return image (H, W, 3) and classes (H, W), uint8."""
+        pixels = self.test_set.store.tile(self.test_set.rows[i])
         return pixels[..., :3], pixels[..., 3]
 
     def predicted(self, candidate: int, tile: int) -> np.ndarray:
         """Return class indices (H, W) uint8."""
         path = self.label_images[candidate][self.test_set.tiles[tile].key]
-        return read_mask(path, self.test_set.config.data.mask_values)
+        return read_mask(path, self.test_set.config.data)
 
 
 def count_groups(tiles: Iterable[Tile]) -> int:

@@ -1,15 +1,15 @@
 """Predict every test tile with a candidate, and count what the scores need."""
 
-from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from common.console import Progress
+from common.masks import label_image
 from common.workers import cores
+from dataset import places_by_group
 from evaluation import metrics
 from evaluation.candidates import Candidate
 from evaluation.test_set import TestSet
@@ -25,41 +25,52 @@ def score(candidate: Candidate, test_set: TestSet, tolerance: float,
 
     The predictions of a model are written into `folder`; the label images of another tool stay where they are.
     """
-    classes, mask_values = len(test_set.config.data.classes), test_set.config.data.mask_values
-    batch_size = tiles_at_once(*test_set.store.shape[1:3])
+    data, count = test_set.config.data, len(test_set.tiles)
+    classes = len(data.classes)
     paths = candidate.label_images or {tile.key: folder / f"{tile.key}.png" for tile in test_set.tiles}
     if candidate.predictor:
         folder.mkdir(parents=True)
-    if len(test_set.tiles) >= MANY:
+    sizes = test_set.store.sizes[test_set.rows]
+    if len(places_by_size(sizes)[0]) >= MANY:
         candidate = candidate.for_many()
-    confusions, surfaces, soft, calibration = [], [], [], []
-    with (Progress(f"evaluate {candidate.name}", len(test_set.tiles), "tile") as progress,
+    confusion = np.zeros((count, classes, classes), np.int64)
+    surfaces, soft, calibration = np.zeros((count, classes, 3)), np.zeros(count), np.zeros((count, 3, metrics.BINS))
+    with (Progress(f"evaluate {candidate.name}", count, "tile") as progress,
           ThreadPoolExecutor(cores()) as pool):
-        for start in range(0, len(test_set.tiles), batch_size):
-            part = slice(start, start + batch_size)
-            tiles, pixels = test_set.tiles[part], test_set.store[test_set.rows[part]]
+        for places in batches_of_one_size(sizes):
+            tiles = [test_set.tiles[i] for i in places]
+            pixels = np.stack([test_set.store.tile(test_set.rows[i]) for i in places])
             batch = torch.from_numpy(pixels).to(candidate.device)                    # (B, H, W, 4) uint8
             target = batch[..., 3].long()                                            # (B, H, W)
             labels, logits = candidate.predict(batch[..., :3], tiles)                # (B, H, W), (B, K, H, W)
-            confusions += metrics.confusion(labels, target, classes).tolist()
+            confusion[places] = metrics.confusion(labels, target, classes).cpu()
             if logits is not None:
-                soft += soft_dice(logits, target).tolist()
-                calibration += metrics.calibration(logits, target).tolist()
+                soft[places] = soft_dice(logits, target).cpu()
+                calibration[places] = metrics.calibration(logits, target)
             predicted = labels.to(torch.uint8).cpu().numpy()
-            surfaces += pool.map(lambda labels, truth: metrics.surfaces(labels, truth, classes, tolerance),
-                                 predicted, pixels[..., 3])
+            surfaces[places] = list(pool.map(
+                lambda labels, truth: metrics.surfaces(labels, truth, classes, tolerance), predicted, pixels[..., 3]))
             if candidate.predictor:
-                save_labels(predicted, [paths[tile.key] for tile in tiles], mask_values, pool)
+                list(pool.map(lambda labels, tile: label_image(labels, data).save(paths[tile.key]), predicted, tiles))
             progress.advance(len(tiles))
-    return metrics.Tally(np.array(confusions), np.array(surfaces), np.array(soft) if soft else None,
-                         np.array(calibration) if calibration else None), paths
+    if candidate.predictor:
+        return metrics.Tally(confusion, surfaces, soft, calibration), paths
+    return metrics.Tally(confusion, surfaces), paths
+
+
+def batches_of_one_size(sizes: np.ndarray) -> list[list[int]]:
+    """Divide tiles of these sizes (N, 2) into batches of at most about `PIXELS_AT_ONCE` pixels and of one size."""
+    batches = []
+    for places in places_by_size(sizes):
+        step = tiles_at_once(*sizes[places[0]])
+        batches += [places[start:start + step] for start in range(0, len(places), step)]
+    return batches
 
 
 def tiles_at_once(height: int, width: int) -> int:
-    return max(1, PIXELS_AT_ONCE // (height * width))
+    return max(1, int(PIXELS_AT_ONCE // (height * width)))
 
 
-def save_labels(labels: np.ndarray, paths: Sequence[Path], mask_values: Sequence[int], pool: Executor) -> None:
-    """Write class indices (B, H, W) as label images with the mask values of the data."""
-    images = np.array(mask_values, np.uint8)[labels]
-    list(pool.map(lambda image, path: Image.fromarray(image).save(path), images, paths))
+def places_by_size(sizes: np.ndarray) -> list[list[int]]:
+    """Return the places of each size, the most frequent first: networks are compiled for the size they see first."""
+    return sorted(places_by_group(list(map(tuple, sizes.tolist()))), key=len, reverse=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import Config
+from common.config import MASK_SETTINGS, Config
 from common.console import UserError, warn
-from dataset import SPLITS, TILE_LIST, Tile, identity, open_store, read_tiles
+from common.store import Store, open_store
+from dataset import SPLITS, TILE_LIST, Tile, identity, read_tiles
 from evaluation.candidates import Candidate
 
 
@@ -20,15 +21,15 @@ class TestSet:
     split: str
     tiles: list[Tile]
     rows: list[int]  # of the tiles in the store
-    store: np.ndarray  # (n, H, W, 4) uint8: red, green, blue and class
+    store: Store
     tiles_identity: str  # dataset.identity of the list of tiles
     caveats: list[str]  # reasons why the scores may be too high
 
 
 def tiles_of_split(config: Config, split: str) -> tuple[list[Tile], list[int]]:
     """Return all kept tiles of the data root, and the indices of those of `split`: test, train or all."""
-    path = Path(config.data.root) / TILE_LIST
-    tiles = [tile for tile in read_tiles(path.parent) if tile.split in SPLITS]
+    path = config.data.list_folder / TILE_LIST
+    tiles = [tile for tile in read_tiles(config.data) if tile.split in SPLITS]
     rows = [i for i, tile in enumerate(tiles) if split in (tile.split, "all")]
     if not rows:
         wanted = "tile is kept" if split == "all" else f"tile has split = {split}"
@@ -43,7 +44,8 @@ def open_test_set(candidates: Sequence[Candidate], split: str) -> TestSet:
     for other in candidates[1:]:
         _check_comparable(first, other)
     tiles_identity = identity(tiles)
-    caveats = [f"{first.config.data.root}/{TILE_LIST} has changed since {candidate.name} was trained; some test tiles "
+    path = first.config.data.list_folder / TILE_LIST
+    caveats = [f"{path} has changed since {candidate.name} was trained; some test tiles "
                "may have been training tiles."
                for candidate in candidates if candidate.tiles_identity not in (None, tiles_identity)]
     if split != "test" and any(candidate.tiles_identity == tiles_identity for candidate in candidates):
@@ -51,12 +53,18 @@ def open_test_set(candidates: Sequence[Candidate], split: str) -> TestSet:
                        "tiles.")
     for caveat in caveats:
         warn(caveat)
-    store = open_store(Path(first.config.data.root), tiles, first.config.data.mask_values)
-    return TestSet(first.config, split, [tiles[i] for i in rows], rows, store.pixels, tiles_identity, caveats)
+    store = open_store([tile.pair for tile in tiles], first.config.data)
+    labelled = store.counts(rows).any(axis=1)
+    if not labelled.all():
+        warn(f"{path}: {split} tiles in which no pixel has a class: {np.count_nonzero(~labelled)}. They are left out")
+        rows = [row for row, is_labelled in zip(rows, labelled, strict=True) if is_labelled]
+    if not rows:
+        raise UserError(f"{path}: no pixel of the {split} tiles has a class, so nothing can be scored")
+    return TestSet(first.config, split, [tiles[i] for i in rows], rows, store, tiles_identity, caveats)
 
 
 def _check_comparable(first: Candidate, other: Candidate) -> None:
-    for name in ("classes", "mask_values", "root"):
+    for name in ("classes", "root", *MASK_SETTINGS):
         expected, found = (getattr(candidate.config.data, name) for candidate in (first, other))
         if found != expected and (name != "root" or Path(found).resolve() != Path(expected).resolve()):
             advice = ", or give data.root=FOLDER" if name == "root" else ""

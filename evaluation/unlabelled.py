@@ -1,6 +1,6 @@
 """Predict a folder of images that have no masks, and write one folder, which is replaced as a whole.
 
-    labels/NAME.png      the class of every pixel, in the mask values of the data
+    labels/NAME.png      the class of every pixel, in the mask values or colours of the data
     overlays/NAME.jpg    the image with the colours of the classes over it
     areas.csv            pixels and shares of each class in each image
     legend.png           the colour of each class
@@ -17,12 +17,13 @@ from PIL import Image
 from common import palette
 from common.console import Progress, UserError, table
 from common.files import write_csv
+from common.masks import label_image
+from common.patterns import SUFFIXES
 from common.pictures import read_image
 from common.result_folders import replacing_folder
 from evaluation import figures
 from evaluation.candidates import Candidate
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PIXELS = 2**28  # 16,384 x 16,384: an image and its prediction are held in memory
 OVERLAY = 4096  # pixels, the longest side of an overlay
 
@@ -54,17 +55,16 @@ def find_images(folder: Path) -> list[Path]:
 def predict_folder(candidate: Candidate, images: Sequence[Path], out: Path, sources: Sequence[Path] = ()) -> list[dict]:
     """Predict every image, replace the folder `out`, and return the rows of areas.csv."""
     data, rows = candidate.config.data, []
-    mask_values = np.array(data.mask_values, np.uint8)
     with replacing_folder(out, sources) as partial, Progress("predict", len(images), "image") as progress:
         for name in ("labels", "overlays"):
             (partial / name).mkdir()
         for path in images:
             image = np.array(read_image(path, MAX_PIXELS))
             labels = candidate.predictor.labels(torch.from_numpy(image).to(candidate.device))
-            Image.fromarray(mask_values[labels]).save(partial / "labels" / f"{path.stem}.png")
+            label_image(labels, data).save(partial / "labels" / f"{path.stem}.png")
             step = -(-max(labels.shape) // OVERLAY)
             small = np.asarray(Image.fromarray(image).reduce(step))
-            overlay = figures.overlay(small, labels[::step, ::step], len(mask_values))
+            overlay = figures.overlay(small, labels[::step, ::step], len(data.classes))
             Image.fromarray(overlay).save(partial / "overlays" / f"{path.stem}.jpg", quality=90, subsampling=0)
             pixels = {name: int((labels == k).sum()) for k, name in enumerate(data.classes)}
             rows.append({"image": path.name, "height": labels.shape[0], "width": labels.shape[1]}

@@ -8,12 +8,14 @@ without its surroundings, and also as a part of its tile.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from common.console import Progress
 from common.geometry import multiple, unpadded
+from common.masks import IGNORE
 from common.randomness import generator
 from evaluation import metrics
 from evaluation.candidates import Candidate
@@ -25,49 +27,57 @@ DISTANCES = (0, 4, 8, 16, 32, 64, 128, 256)  # pixels from the border, where the
 
 @dataclass(frozen=True)
 class Border:
-    """Counts of pixels in N tiles, and in the crops at their centres (None if the tiles are too small for crops)."""
+    """Counts of labelled pixels in N tiles, and in the crops at their centres; zeros if a tile is too small for one."""
 
     tiles: list[int]  # numbers of the N tiles
-    crop: int | None  # pixels, the side of the crops
-    pixels: np.ndarray  # (D,) of one tile
-    crop_pixels: np.ndarray  # (D,) of one crop, by distance to the crop's border
+    crop: int | None  # pixels, the side of the crops; None if no tile is large enough
     outer: np.ndarray  # (N, K, K) confusion counts where the field leaves the tile
     interior: np.ndarray  # (N, K, K) confusion counts of the other pixels
+    pixels: np.ndarray  # (N, D)
     right: np.ndarray  # (N, D) pixels that are right
-    right_alone: np.ndarray | None = None  # (N, D) pixels of the crop that are right if it is predicted alone
-    right_in_tile: np.ndarray | None = None  # (N, D) pixels of the crop that are right if the tile is predicted
+    crop_pixels: np.ndarray  # (N, D) of the crop, by distance to the crop's border
+    right_alone: np.ndarray  # (N, D) pixels of the crop that are right if it is predicted alone
+    right_in_tile: np.ndarray  # (N, D) pixels of the crop that are right if the tile is predicted
 
 
 def measure_border(candidate: Candidate, test_set: TestSet) -> Border:
     """Predict up to `BORDER_TILES` tiles, and the crops at their centres alone, and count the right pixels."""
-    config, (height, width) = candidate.config, test_set.store.shape[1:3]
+    config = candidate.config
     levels, classes, size = len(config.model.widths), len(config.data.classes), config.data.crop
     order = generator(config.seed, 0, 0, "border").permutation(len(test_set.rows))
     tiles = sorted(order[:BORDER_TILES].tolist())
-    interior = np.outer(*(unpadded(levels, length, canvas=False) for length in (height, width)))
-    bands, crop_bands = _bands(height, width), _bands(size, size)
-    top, left = (_crop_start(levels, length, size) for length in (height, width))
-    has_crop, crop = min(top, left) > 0, np.s_[top:top + size, left:left + size]
-    rows = []
+    crop_bands, rows, has_crop = _bands(size, size), [], False
     with Progress(f"borders of {candidate.name}", len(tiles), "tile") as progress:
         for tile in tiles:
-            pixels = test_set.store[test_set.rows[tile]]
+            pixels = test_set.store.tile(test_set.rows[tile])
             image, target = torch.from_numpy(np.ascontiguousarray(pixels[..., :3])).to(candidate.device), pixels[..., 3]
+            interior, bands = _interior(levels, *target.shape), _bands(*target.shape)
             labels = candidate.predictor.labels(image)
-            right = labels == target
+            right, labelled = labels == target, target != IGNORE
             counts = {"outer": _confusion(labels[~interior], target[~interior], classes),
                       "interior": _confusion(labels[interior], target[interior], classes),
-                      "right": _count(bands[right])}
-            if has_crop:
+                      "pixels": _count(bands[labelled]), "right": _count(bands[right])}
+            top, left = (_crop_start(levels, length, size) for length in target.shape)
+            counts |= dict.fromkeys(("crop_pixels", "right_alone", "right_in_tile"), np.zeros(len(DISTANCES), int))
+            if min(top, left) > 0:
+                has_crop, crop = True, np.s_[top:top + size, left:left + size]
                 right_alone = candidate.predictor.labels(image[crop]) == target[crop]
-                counts |= {"right_alone": _count(crop_bands[right_alone]),
+                counts |= {"crop_pixels": _count(crop_bands[labelled[crop]]),
+                           "right_alone": _count(crop_bands[right_alone]),
                            "right_in_tile": _count(crop_bands[right[crop]])}
             rows.append(counts)
             progress.advance()
-    return Border(tiles, size if has_crop else None, _count(bands), _count(crop_bands),
+    return Border(tiles, size if has_crop else None,
                   **{name: np.array([counts[name] for counts in rows]) for name in rows[0]})
 
 
+@lru_cache(maxsize=4)  # tiles of one size follow one another, and most data sets have one
+def _interior(levels: int, height: int, width: int) -> np.ndarray:
+    """Return (height, width) bool."""
+    return np.logical_and.outer(*(unpadded(levels, length, canvas=False) for length in (height, width)))
+
+
+@lru_cache(maxsize=4)
 def _bands(height: int, width: int) -> np.ndarray:
     """Return the band of every pixel (height, width)."""
     rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))

@@ -244,30 +244,33 @@ def border_numbers(run: MeasuredRun) -> dict:
     tiles = [run.test_set.tiles[i] for i in border.tiles]
     samples = bootstrap.resampled_weights([tile.group for tile in tiles])            # (1 + R, N)
     count = count_groups(tiles)
-    height, width = run.test_set.store.shape[1:3]
+    sizes = run.test_set.store.sizes[[run.test_set.rows[i] for i in border.tiles]]   # (N, 2)
+    shares = [geometry.padded_share(run.levels, *size, canvas=False) for size in map(tuple, sizes.tolist())]
     numbers = {"tiles": len(border.tiles), "groups": count,
-               "share": geometry.padded_share(run.levels, height, width, canvas=False)}
+               "share": float(np.average(shares, weights=sizes.prod(axis=1)))}
     outer, interior = (np.tensordot(samples, counts, 1) for counts in (border.outer, border.interior))
     for name, score in {"accuracy": metrics.pixel_accuracy,
                         "dice": lambda counts: metrics.mean_present(metrics.dice(counts))}.items():
         near, elsewhere = score(outer), score(interior)                              # (1 + R,)
         numbers[name] = {"border": _interval(near, count), "interior": _interval(elsewhere, count),
                          "difference": _interval(near - elsewhere, count)}
-    numbers["by_distance"] = _by_distance(samples @ border.right, samples, border.pixels, count)
+    numbers["by_distance"] = _by_distance(samples @ border.right, samples @ border.pixels, count)
     if border.crop:
         alone, within = samples @ border.right_alone, samples @ border.right_in_tile  # (1 + R, D)
         near = np.array(DISTANCES) < NEAR
-        pixels = samples.sum(1) * border.crop_pixels[near].sum()                     # (1 + R,)
+        crop_pixels = samples @ border.crop_pixels                                   # (1 + R, D)
+        pixels = crop_pixels[:, near].sum(1)                                         # (1 + R,)
         right_alone, right_within = alone[:, near].sum(1), within[:, near].sum(1)
         numbers["crop"] = {
             "size": border.crop, "nearer_than_px": NEAR, "alone": _interval(right_alone / pixels, count),
             "within": _interval(right_within / pixels, count),
             "difference": _interval((right_alone - right_within) / pixels, count),
-            "difference_by_distance": _by_distance(alone - within, samples, border.crop_pixels, count)}
+            "difference_by_distance": _by_distance(alone - within, crop_pixels, count)}
     return numbers
 
 
-def _by_distance(right: np.ndarray, samples: np.ndarray, pixels: np.ndarray, groups: int) -> list[dict]:
-    """Return shares of right pixels (1 + R, D) in the bands of a tile or crop; `pixels` (D,) are those of one."""
-    return [{"from_px": DISTANCES[i], **_interval(right[:, i] / (samples.sum(1) * pixels[i]), groups)}
-            for i in np.flatnonzero(pixels)]
+def _by_distance(right: np.ndarray, pixels: np.ndarray, groups: int) -> list[dict]:
+    """Return shares of right pixels in the bands of tiles or crops; both (1 + R, D) count pixels of the samples."""
+    with np.errstate(invalid="ignore"):  # a sample of slides may lack a band
+        return [{"from_px": DISTANCES[i], **_interval(right[:, i] / pixels[:, i], groups)}
+                for i in np.flatnonzero(pixels[0])]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.console import Progress, UserError
+from common.console import UserError, warn
 from common.geometry import multiple, smallest_cut
 from common.randomness import generator
 from evaluation.candidates import Candidate
@@ -50,20 +50,21 @@ class Pixels:
 def draw_pixels(candidate: Candidate, test_set: TestSet, count: int) -> Pixels:
     """Draw `count` pixels of each true class, from as many tiles as possible.
 
-    A class has fewer pixels, or none, if it occurs nowhere far enough from the borders. Raises `UserError` if the
-    tiles are smaller than the cut.
+    A class has fewer pixels, or none, if it occurs nowhere far enough from the borders. Tiles smaller than the cut give
+    no pixels. Raises `UserError` if all are.
     """
     levels, seed = len(candidate.config.model.widths), candidate.config.seed
-    cut, (height, width) = smallest_cut(levels), test_set.store.shape[1:3]
-    if min(height, width) < cut.size:
-        raise UserError(f"{candidate.name}: the tiles in {test_set.config.data.root} have {height} x {width} pixels, "
-                        f"but the field of {levels} levels needs at least {cut.size} x {cut.size}; set "
+    cut, sizes = smallest_cut(levels), test_set.store.sizes[test_set.rows]
+    small = np.count_nonzero(sizes.min(axis=1) < cut.size)
+    if small == len(sizes):
+        height, width = sizes[sizes.min(axis=1).argmax()]
+        raise UserError(f"{candidate.name}: the largest tile in {test_set.config.data.root} has {height} x {width} "
+                        f"pixels, but the field of {levels} levels needs at least {cut.size} x {cut.size}; set "
                         "data.root=FOLDER to larger tiles, or train a model with fewer model.widths")
-    frequencies = np.zeros(len(candidate.config.data.classes), np.int64)
-    with Progress("count classes", len(test_set.rows), "tile") as progress:
-        for row in test_set.rows:
-            frequencies += np.bincount(test_set.store[row, ..., 3].ravel(), minlength=len(frequencies))
-            progress.advance()
+    if small:
+        warn(f"{candidate.name}: tiles too small for the field of {levels} levels ({cut.size} x {cut.size} pixels): "
+             f"{small} of {len(sizes)}. Pixels are drawn from the others")
+    frequencies = test_set.store.counts(test_set.rows).sum(axis=0)
     drawn = []
     for label in np.flatnonzero(frequencies):
         drawn += _pixels_of_class(test_set, label, count, levels, generator(seed, 0, label, "receptive field"))
@@ -79,14 +80,14 @@ def _pixels_of_class(test_set: TestSet, label: int, count: int, levels: int,
                      random: np.random.Generator) -> Iterator[tuple[int, tuple[int, int], np.ndarray, int]]:
     """Draw up to `count` pixels of a class from the tiles in turn; return tile, corner, place and class of each."""
     cut, store = smallest_cut(levels), test_set.store
-    rows, columns = (length - cut.size + 1 for length in store.shape[1:3])  # possible corners
     tiles = deque(random.permutation(len(test_set.rows)))
     for place in cut.origin + _alignments(random, count, levels):
         top, left = place
         for _ in range(len(tiles)):
             tile = tiles[0]
             tiles.rotate(-1)
-            labels = store[test_set.rows[tile], top:top + rows, left:left + columns, 3]
+            rows, columns = np.maximum(store.sizes[test_set.rows[tile]] - cut.size + 1, 0)  # possible corners
+            labels = store.tile(test_set.rows[tile])[top:top + rows, left:left + columns, 3]
             matches = np.flatnonzero(labels == label)
             if len(matches):
                 yield tile, np.unravel_index(random.choice(matches), labels.shape), place, label
@@ -112,7 +113,7 @@ def tile_inputs(candidate: Candidate, test_set: TestSet, pixels: Pixels) -> Inpu
 
     def inputs(start: int, stop: int) -> Tensor:
         corners = zip(pixels.tiles[start:stop], pixels.corners[start:stop], strict=True)
-        cuts = np.stack([test_set.store[test_set.rows[tile], top:top + size, left:left + size, :3]
+        cuts = np.stack([test_set.store.tile(test_set.rows[tile])[top:top + size, left:left + size, :3]
                          for tile, (top, left) in corners])                          # (B, cut, cut, 3)
         return normalise(torch.from_numpy(cuts).to(candidate.device), candidate.statistics)
     return inputs

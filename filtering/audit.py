@@ -19,8 +19,10 @@ NO_CORRELATION = -2.0  # marks shifts that cannot be judged; others have at leas
 
 
 def verdict(tile: Tile, limits: Filter) -> str:
-    """Return why a measured tile is dropped: sparse, misregistered, unmarked or shifted; "" if it is kept."""
-    if tile.foreground < limits.min_foreground or tile.foreground == 0:
+    """Return why a measured tile is dropped: the name of the first limit that it misses; "" if it is kept."""
+    if tile.foreground is None:  # no pixel has a class
+        return "unlabelled"
+    if tile.foreground < limits.min_foreground:
         return "sparse"
     if _reaches(tile.blank, limits.max_blank):
         return "misregistered"
@@ -35,19 +37,24 @@ def _reaches(value: float | None, limit: float | None) -> bool:
     return value is not None and limit is not None and value >= limit
 
 
-def measure_tile(image: np.ndarray, annotated: np.ndarray, limits: Filter) -> dict[str, float | None]:
+def measure_tile(image: np.ndarray, annotated: np.ndarray, limits: Filter,
+                 labelled: np.ndarray | None = None) -> dict[str, float | None]:
     """Return the measurements for tiles.csv of an image (H, W, 3) uint8; `annotated` (H, W) bool is not background.
 
-    At least one pixel must be annotated. Line 8 of Algorithm 1 divides by the number of glass pixels, which always
-    gives 1. The number of annotated pixels is meant and used here. `unmarked` is a share of the whole tile, because a
-    share of the annotated background would be large in every tile with little background.
+    `labelled` (H, W) bool is where the mask gives a class; None: everywhere. Line 8 of Algorithm 1 divides by the
+    number of glass pixels, which always gives 1. The number of annotated pixels is meant and used here; without any,
+    `blank` is None. `unmarked` is a share of all labelled pixels, because a share of the annotated background would be
+    large in every tile with little background.
     """
     inverted = inverted_grey(image)
     glass = find_glass(inverted, limits)
-    shift_x, shift_y, confidence = misalignment(inverted, annotated, limits.sigma) or (None, None, None)
+    shift_x, shift_y, confidence = misalignment(inverted, annotated, limits.sigma, labelled) or (None, None, None)
     unmarked = ~glass & ~annotated  # the image shows tissue, the mask says background
-    return {"blank": float(np.count_nonzero(glass & annotated) / np.count_nonzero(annotated)),
-            "unmarked": float(np.count_nonzero(unmarked) / unmarked.size),
+    pixels = unmarked.size
+    if labelled is not None:
+        unmarked, pixels = unmarked & labelled, np.count_nonzero(labelled)
+    return {"blank": np.count_nonzero(glass & annotated) / np.count_nonzero(annotated) if annotated.any() else None,
+            "unmarked": np.count_nonzero(unmarked) / pixels,
             "shift_x": shift_x, "shift_y": shift_y, "confidence": confidence}
 
 
@@ -70,7 +77,8 @@ def find_glass(inverted: np.ndarray, limits: Filter) -> np.ndarray:
     return smooth / smooth.max() < limits.blank_intensity / 255
 
 
-def misalignment(inverted: np.ndarray, tissue: np.ndarray, sigma: float) -> tuple[float, float, float] | None:
+def misalignment(inverted: np.ndarray, tissue: np.ndarray, sigma: float,
+                 labelled: np.ndarray | None = None) -> tuple[float, float, float] | None:
     """Return by how many pixels the annotated tissue (H, W) bool lies too far right and too low, and a confidence.
 
     The result is None if the image or its annotation is flat. The inverted grey (H, W) of the image, smoothed as in
@@ -78,15 +86,23 @@ def misalignment(inverted: np.ndarray, tissue: np.ndarray, sigma: float) -> tupl
     overlap of tile and shifted mask (Padfield 2012, "Masked object registration in the Fourier domain"), minus a small
     penalty for long shifts. It is found on cells of about 1/64 of the tile and refined by a parabola. With r the
     correlation at this shift and r0 the one without a shift, the confidence is 1 - (1 - r^2) / (1 - r0^2): of the
-    variance that the mask does not explain in place, the share that it explains when shifted.
+    variance that the mask does not explain in place, the share that it explains when shifted. Cells of which less than
+    half is `labelled` (H, W) bool count as if the mask ended there.
     """
     cell = max(1, round(min(tissue.shape) / CELLS))
     sums = np.rint(3 * inverted)  # of three channels: whole numbers, whose means are exact
     darkness = gaussian_filter(_cell_means(sums, cell) / 3, sigma / cell)
     annotated = _cell_means(tissue, cell)
-    if darkness.std() < FLAT_IMAGE or annotated.std() < FLAT_MASK:
+    usable = np.ones(annotated.shape, bool)
+    if labelled is not None:
+        share = _cell_means(labelled, cell)
+        usable = share >= 0.5
+        annotated = np.divide(annotated, share, out=np.zeros_like(annotated), where=usable)
+        if usable.mean() < MIN_OVERLAP:
+            return None
+    if darkness.std() < FLAT_IMAGE or annotated[usable].std() < FLAT_MASK:
         return None
-    correlation = _cross_correlation(darkness, annotated)
+    correlation = _cross_correlation(darkness, annotated, usable)
     steps_y, steps_x = np.meshgrid(*map(_cyclic_steps, correlation.shape), indexing="ij")
     penalty = SHIFT_PENALTY * np.hypot(steps_y, steps_x) * cell / min(tissue.shape)
     y, x = np.unravel_index((correlation - penalty).argmax(), correlation.shape)
@@ -119,23 +135,24 @@ def _vertex(values: np.ndarray) -> float:
     return (before - after) / (2 * curvature) if has_maximum else 0
 
 
-def _cross_correlation(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _cross_correlation(image: np.ndarray, mask: np.ndarray, labelled: np.ndarray) -> np.ndarray:
     """Return the normalised cross-correlation of two maps (h, w) for every cyclic shift of the mask.
 
-    The maps are padded, so the result is larger than they are. It is NO_CORRELATION where the overlap is too small or
-    one of the maps is flat on it.
+    Only the `labelled` (h, w) bool part of the mask counts. The maps are padded, so the result is larger than they are.
+    It is NO_CORRELATION where the overlap is too small or one of the maps is flat on it.
     """
     shape = [fft.next_fast_len(2 * length - 1, real=True) for length in image.shape]
-    image, mask = image - image.mean(), mask - mask.mean()
-    ones, f_image, f_image2, f_mask, f_mask2 = (
-        fft.rfft2(values, shape) for values in (np.ones_like(image), image, image**2, mask, mask**2))
-    count = np.outer(*(np.maximum(1, length - np.abs(_cyclic_steps(padded)))
-                       for length, padded in zip(image.shape, shape, strict=True)))
-    image_sum, mask_sum = _overlap_sums(f_image, ones, shape), _overlap_sums(ones, f_mask, shape)
-    image_variance = _overlap_sums(f_image2, ones, shape) - image_sum**2 / count
+    image, mask = image - image.mean(), np.where(labelled, mask - mask[labelled].mean(), 0)
+    ones, f_labelled, f_image, f_image2, f_mask, f_mask2 = (
+        fft.rfft2(values, shape)
+        for values in (np.ones_like(image), labelled.astype(float), image, image**2, mask, mask**2))
+    count = np.maximum(1, np.rint(_overlap_sums(ones, f_labelled, shape)))
+    image_sum, mask_sum = _overlap_sums(f_image, f_labelled, shape), _overlap_sums(ones, f_mask, shape)
+    image_variance = _overlap_sums(f_image2, f_labelled, shape) - image_sum**2 / count
     mask_variance = _overlap_sums(ones, f_mask2, shape) - mask_sum**2 / count
     covariance = _overlap_sums(f_image, f_mask, shape) - image_sum * mask_sum / count
-    usable = ((count >= MIN_OVERLAP * image.size) & (image_variance > FLAT_OVERLAP * image_variance[0, 0])
+    usable = ((count >= MIN_OVERLAP * np.count_nonzero(labelled))
+              & (image_variance > FLAT_OVERLAP * image_variance[0, 0])
               & (mask_variance > FLAT_OVERLAP * mask_variance[0, 0]))
     correlation = np.full(shape, NO_CORRELATION)
     np.divide(covariance, np.sqrt(np.maximum(image_variance * mask_variance, 0)), out=correlation, where=usable)

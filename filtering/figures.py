@@ -10,7 +10,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from common.palette import ERROR, TRAIN, VALIDATION, class_colours
+from common.masks import IGNORE
+from common.palette import ERROR, IGNORED, TRAIN, VALIDATION, class_colours, hatch, ignored_patch, rgb
 
 ON_GLASS, UNMARKED = ERROR, "#f0e442"
 
@@ -19,22 +20,27 @@ def annotated(image: np.ndarray, mask: np.ndarray, glass: np.ndarray, classes: i
     """Return a thumbnail of an image (H, W, 3) uint8, about `width` pixels wide, with the outlines of its mask (H, W).
 
     One tint marks annotated pixels that are `glass` (H, W) bool, another one tissue that the mask calls background.
+    Pixels without a class are hatched.
     """
     tinted = image.astype(np.float32)
-    for pixels, colour in (((mask > 0) & glass, ON_GLASS), ((mask == 0) & ~glass, UNMARKED)):
+    ignored = mask == IGNORE
+    for pixels, colour in (((mask > 0) & ~ignored & glass, ON_GLASS), ((mask == 0) & ~glass, UNMARKED)):
         tinted[pixels] = 0.5 * tinted[pixels] + 0.5 * 255 * np.array(to_rgb(colour))
     step = max(1, round(mask.shape[1] / width))
     height, width = (length // step * step for length in mask.shape)
     squares = tinted[:height, :width].reshape(height // step, step, width // step, step, 3)
     thumbnail = squares.mean((1, 3)).astype(np.uint8)
-    labels = mask[:height:step, :width:step]
+    hatched = hatch(mask[:height:step, :width:step] == IGNORE)
+    labels = np.where(ignored, 0, mask)[:height:step, :width:step]
     highest = maximum_filter(labels, 3)
     edge = highest != minimum_filter(labels, 3)
     thumbnail[edge] = class_colours(classes)[highest[edge]]
+    thumbnail[hatched] = rgb(IGNORED)
     return thumbnail
 
 
-def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: Sequence[str]) -> Figure:
+def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: Sequence[str],
+                  has_ignored: bool = False) -> Figure:
     """Draw (caption, thumbnail (h, w, 3) uint8) in rows of six, like figures 2 to 4 of the report."""
     columns = min(6, len(cells))
     rows = -(-len(cells) // columns)
@@ -50,7 +56,8 @@ def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: 
     handles = [Line2D([], [], color=colour, linewidth=3, label=f"outline of {name}")
                for name, colour in zip(classes[1:], colours[1:], strict=True)]
     handles += [Patch(facecolor=ON_GLASS, alpha=0.6, label="annotated, but glass"),
-                Patch(facecolor=UNMARKED, alpha=0.6, label="tissue, but not annotated")]
+                Patch(facecolor=UNMARKED, alpha=0.6, label="tissue, but not annotated"),
+                *([ignored_patch()] if has_ignored else [])]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     return figure
 

@@ -9,13 +9,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from common.console import UserError
-from dataset import SPLITS, Tile, read_list, reject_outside, rows_of
+from common.patterns import reject_outside
+from dataset import SPLITS, Tile, read_list, rows_of
 
 SHOWN = 10  # items of a long list on the terminal
 
 
-def read_earlier_list(path: Path) -> list[Tile]:
-    """Read the list of an earlier run; it is empty if there is none."""
+def read_earlier_list(path: Path, root: Path) -> list[Tile]:
+    """Read the list of an earlier run on the data folder `root`; it is empty if there is none."""
     if not path.exists():
         return []
     try:
@@ -23,7 +24,7 @@ def read_earlier_list(path: Path) -> list[Tile]:
     except UserError as error:
         raise UserError(f"{error}. Manual verdicts are read from this list before it is replaced; fix it, or delete it "
                         "to judge all tiles anew") from None
-    reject_outside(path.parent, [file for tile in tiles for file in (tile.image, tile.mask)])
+    reject_outside(root, [file for tile in tiles for file in tile.pair])
     return tiles
 
 

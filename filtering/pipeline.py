@@ -9,15 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import Config, Filter
+from common.config import Config, Data, Filter
 from common.console import Progress, UserError
-from common.pictures import count_classes, picture_size, read_mask_values
+from common.masks import COLOUR, IGNORE, count_classes, count_codes, name_of, read_mask_file
+from common.pictures import picture_size
+from common.store import read_pair, reject_different_sizes
 from common.workers import ParallelMap, cores, worker_map
-from dataset import SPLITS, Tile, find_pairs, places_by_group, read_pair, reject_different_sizes, split_by_group
+from dataset import SPLITS, Tile, find_pairs, places_by_group, split_by_group
 from filtering import audit, manual_edits
 
 TILES_PER_WORKER = 64  # fewer are judged before another process has started
-SHOWN = 8  # mask values in a message
+SHOWN = 8  # codes in a message
+MOST_CODES = 256  # that are kept of one mask: a photograph has many thousands
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The palette of a mask."""
+
+    mask: str
+    colours: tuple[int, ...]  # the code of each index
 
 
 @dataclass(frozen=True)
@@ -25,9 +36,11 @@ class FilterResult:
     """All tiles with their verdicts, and what the masks hold."""
 
     tiles: list[Tile]
+    sizes: np.ndarray  # (N, 2) height and width; zeros for a tile that cannot be read
     pixels: np.ndarray  # (N, K) of each class; zeros once a tile is known to be corrupt
-    mask_values: np.ndarray  # (256,) pixels of each value in all masks
-    size: tuple[int, int]  # height, width of the tiles
+    codes: Counter[int]  # pixels of each code (common/masks.py) in all masks
+    palette: Palette | None = None  # of the first mask that has one
+    other_palette: Palette | None = None  # one that gives an index of the first another colour
     copies: list[list[str]] = field(default_factory=list)  # keys that show the same image
 
     @property
@@ -41,15 +54,14 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
 
     `announce` gets what the masks show, before any image is decoded. By default few tiles get few workers.
     """
-    data, root = config.data, Path(config.data.root)
-    tiles = find_pairs(root, data.images, data.masks, data.group)
+    data = config.data
+    tiles = find_pairs(data)
     with worker_map(workers or min(cores(), len(tiles) // TILES_PER_WORKER)) as parallel_map:
-        surveyed = survey_masks(root, tiles, config, parallel_map)
+        surveyed = survey_masks(tiles, config, parallel_map)
         announce(surveyed)
         tiles, digests = list(surveyed.tiles), [b""] * len(tiles)
         undecided = [i for i, tile in enumerate(tiles) if not tile.proposed]
-        audited = parallel_map(partial(audit_tile, root, data.mask_values, config.filter),
-                               [tiles[i] for i in undecided])
+        audited = parallel_map(partial(audit_tile, data, config.filter), [tiles[i] for i in undecided])
         with Progress("judge images", len(undecided), "tile") as progress:
             for i, (tile, digest) in zip(undecided, audited, strict=True):
                 tiles[i], digests[i] = tile, digest
@@ -60,90 +72,118 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
     return replace(surveyed, tiles=tiles, copies=copies)
 
 
-def survey_masks(root: Path, tiles: Sequence[Tile], config: Config, parallel_map: ParallelMap) -> FilterResult:
-    """Measure the foreground of each tile, and propose `corrupt` or `sparse` where the masks alone show it.
+def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMap) -> FilterResult:
+    """Measure the foreground of each tile, and propose a verdict where the masks alone show it.
 
-    Raise a `UserError` if most masks hold unknown values or no size is common, since then the config is wrong.
+    Raise a `UserError` if most masks hold unknown values or colours, since then the config is wrong.
     """
-    mask_values, surveyed, sizes, unknown = config.data.mask_values, [], [], 0
-    pixels = np.zeros((len(tiles), len(mask_values)), np.int64)
-    totals, masks = np.zeros(256, np.int64), np.zeros(256, np.int64)  # pixels of each value, masks that hold it
-    checks = parallel_map(partial(check_mask, root, mask_values), tiles)
+    data, surveyed, unknown = config.data, [], []
+    pixels, sizes = np.zeros((len(tiles), len(data.classes)), np.int64), np.zeros((len(tiles), 2), np.int64)
+    totals, masks = Counter(), Counter()  # of each code: pixels, masks that hold it
+    palettes, colours = [], {}  # the first palette and one that contradicts it; the colour of each index
     with Progress("check masks", len(tiles), "tile") as progress:
-        for i, (tile, (size, counts, problem)) in enumerate(zip(tiles, checks, strict=True)):
-            totals += counts
-            masks += counts > 0
-            if problem:
-                tile = replace(tile, proposed="corrupt", reason=problem)
-                unknown += size is not None
+        for i, (tile, checked) in enumerate(zip(tiles, parallel_map(partial(check_mask, data), tiles), strict=True)):
+            totals.update(checked.codes)
+            masks.update(checked.codes.keys())
+            sizes[i] = checked.size or 0
+            used = {i: checked.palette[i] for i in checked.codes if i < len(checked.palette)}
+            contradicts = any(colours.setdefault(i, colour) != colour for i, colour in used.items())
+            if used and (not palettes or (contradicts and len(palettes) < 2)):
+                palettes.append(Palette(tile.mask, checked.palette))
+            if checked.problem:
+                tile = replace(tile, proposed="corrupt", reason=checked.problem)
+                unknown += [i] if checked.size else []
             else:
-                pixels[i] = counts[list(mask_values)]
+                pixels[i] = checked.pixels
+                labelled = int(checked.pixels.sum())
+                tile = replace(tile, foreground=1 - int(checked.pixels[0]) / labelled if labelled else None)
+                tile = replace(tile, proposed=audit.verdict(tile, config.filter))
             surveyed.append(tile)
-            sizes.append(size)
             progress.advance()
-    readable = sum(size is not None for size in sizes)
+    readable = int((sizes[:, 0] > 0).sum())
     if not readable:
-        raise UserError(f"{root}: none of {len(tiles)} pairs can be read; the first: {surveyed[0].reason}")
-    if 2 * unknown > readable:
-        raise UserError(f"{root}: {unknown} of {readable} masks hold values that are not in data.mask_values "
-                        f"{list(mask_values)}. {_describe_values(totals, masks)}")
-    height, width = _common_size(root, sizes)
-    for i, tile in enumerate(surveyed):
-        if tile.proposed != "corrupt" and sizes[i] != (height, width):
-            surveyed[i] = replace(tile, proposed="corrupt", reason=(
-                f"{root / tile.image}: {sizes[i][0]} x {sizes[i][1]} pixels (height x width), but most tiles have "
-                f"{height} x {width}; all tiles must have one size"))
-        elif tile.proposed != "corrupt":
-            tile = replace(tile, foreground=float(1 - pixels[i, 0] / pixels[i].sum()))
-            surveyed[i] = replace(tile, proposed=audit.verdict(tile, config.filter))
-    return FilterResult(surveyed, pixels, totals, (height, width))
+        raise UserError(f"{data.root}: none of {len(tiles)} pairs can be read; the first: {surveyed[0].reason}")
+    if 2 * len(unknown) > readable:
+        raise UserError(f"{data.root}: {len(unknown)} of {readable} masks hold {_describe_codes(totals, masks, data)}"
+                        + (f". {describe_palette(palettes[0])}" if palettes else ""))
+    return FilterResult(surveyed, sizes, pixels, totals, *palettes)
 
 
-def check_mask(root: Path, mask_values: Sequence[int],
-               tile: Tile) -> tuple[tuple[int, int] | None, np.ndarray, str]:
-    """Return size (height, width), pixels of each value (256,) and problem of a mask; None and zeros if unreadable."""
+@dataclass(frozen=True)
+class CheckedMask:
+    """What a mask holds, or why it cannot be used."""
+
+    size: tuple[int, ...] | None = None  # height and width; None if it cannot be read
+    codes: dict[int, int] = field(default_factory=dict)  # pixels of each code, at most MOST_CODES
+    pixels: np.ndarray | None = None  # (K,) of each class
+    palette: tuple[int, ...] = ()
+    problem: str = ""
+
+
+def check_mask(data: Data, tile: Tile) -> CheckedMask:
+    """Read a mask and the size of its image."""
+    root = Path(data.root)
     try:
-        mask, size = read_mask_values(root / tile.mask), picture_size(root / tile.image)
-        reject_different_sizes(root, tile, size, mask.shape)
+        mask, size = read_mask_file(root / tile.mask, data), picture_size(root / tile.image)
+        reject_different_sizes(tile.pair, data, size, mask.codes.shape)
     except UserError as error:
-        return None, np.zeros(256, np.int64), str(error)
-    counts = np.bincount(mask.ravel(), minlength=256)
+        return CheckedMask(problem=str(error))
+    codes, counts = count_codes(mask.codes)
+    most = np.argsort(-counts, kind="stable")[:MOST_CODES]
+    found = dict(zip(codes[most].tolist(), counts[most].tolist(), strict=True))
     try:
-        count_classes(root / tile.mask, counts, mask_values)
+        return CheckedMask(size, found, count_classes(root / tile.mask, codes, counts, data), mask.palette)
     except UserError as error:
-        return size, counts, str(error)
-    return size, counts, ""
+        return CheckedMask(size, found, palette=mask.palette, problem=str(error))
 
 
-def _describe_values(totals: np.ndarray, masks: np.ndarray) -> str:
-    """List the most frequent mask values, from their pixels (256,) and masks that hold them (256,), with advice."""
-    number = np.count_nonzero(totals)
-    values = sorted(np.argsort(-totals)[:min(SHOWN, number)])
-    shares = ", ".join(f"{value} ({totals[value] / totals.sum():.1%} of the pixels, in {masks[value]} masks)"
-                       for value in values)
+def _describe_codes(totals: Counter[int], masks: Counter[int], data: Data) -> str:
+    """Say which values or colours the masks hold, and which settings would read them."""
+    expected = f"data.colours [{', '.join(data.colours)}]" if data.colours else (
+        f"data.mask_values {list(data.mask_values)}")
+    kind, setting = "values", "mask_values"
+    if max(totals) >= COLOUR:
+        kind = setting = "colours"
+        totals, masks = (_by_colour(counts) for counts in (totals, masks))
+    pixels, number = totals.total(), len(totals)
+    codes = sorted(code for code, _ in totals.most_common(SHOWN))
+    shares = ", ".join(f"{name_of(code)} ({totals[code] / pixels:.1%} of the pixels, in {masks[code]} masks)"
+                       for code in codes)
+    start = f"{kind} that are not in {expected}. "
     if number > SHOWN:
-        return f"The {SHOWN} most frequent of {number}: {shares}. A mask must have one value for each class; convert it"
-    return (f"All values: {shares}. Try data.mask_values=[{','.join(map(str, values))}] with one of data.classes for "
-            "each, background first")
+        of_two = (". For two classes with smooth or smeared edges set data.threshold=128 and name the two in "
+                  "data.classes" if kind == "values" else "")
+        return (f"{start}The {SHOWN} most frequent of {number}: {shares}. A mask must have one of the {kind} for each "
+                f"class; convert it{of_two}")
+    return (f"{start}All {kind}: {shares}. Try data.{setting}=[{','.join(map(name_of, codes))}] with one of "
+            "data.classes for each, background first, and data.ignore for one that means no class")
 
 
-def _common_size(root: Path, sizes: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
-    """Return the (height, width) that more than half of the readable tiles have."""
-    counts = Counter(size for size in sizes if size)
-    size, count = counts.most_common(1)[0]
-    if 2 * count <= counts.total():
-        found = ", ".join(f"{height} x {width} ({tiles} tiles)" for (height, width), tiles in counts.most_common(5))
-        raise UserError(f"{root}: all tiles must have one size (height x width); found {found}. Cut or sort them")
-    return size
+def _by_colour(counts: Counter[int]) -> Counter[int]:
+    """Return the counts with the colour of each grey level in its place."""
+    found = Counter()
+    for code, count in counts.items():
+        found[code if code >= COLOUR else COLOUR + code * 0x010101] += count
+    return found
 
 
-def audit_tile(root: Path, mask_values: Sequence[int], limits: Filter, tile: Tile) -> tuple[Tile, bytes]:
+def describe_palette(palette: Palette) -> str:
+    """Say which colour each index of a palette has."""
+    last = max((i for i, colour in enumerate(palette.colours) if colour != COLOUR), default=0)
+    colours = [f"{i} = {name_of(colour)}" for i, colour in enumerate(palette.colours[:max(last + 1, 1)])]
+    return (f"The palette of {palette.mask}: {', '.join(colours[:SHOWN])}"
+            + (f", … ({len(colours)} colours)" if len(colours) > SHOWN else ""))
+
+
+def audit_tile(data: Data, limits: Filter, tile: Tile) -> tuple[Tile, bytes]:
     """Decode a tile. Return it with its measurements and verdict, and a digest of its image."""
     try:
-        image, mask = read_pair(root, tile, mask_values)
+        image, labels = read_pair(tile.pair, data)
     except UserError as error:
         return replace(tile, proposed="corrupt", reason=str(error)), b""
-    tile = replace(tile, **audit.measure_tile(image, mask > 0, limits))
+    labelled = labels != IGNORE
+    measured = audit.measure_tile(image, (labels > 0) & labelled, limits, None if labelled.all() else labelled)
+    tile = replace(tile, **measured)
     return replace(tile, proposed=audit.verdict(tile, limits)), sha256(image).digest()
 
 

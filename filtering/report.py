@@ -9,24 +9,26 @@
     tiles_before.csv          the list that this run replaced, if there was one
 """
 
+import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from common import palette
-from common.config import Config, Filter
+from common.config import Config, Data, Filter
 from common.config_files import to_dict
 from common.console import Progress, markdown_table, table
 from common.files import write_text
-from dataset import DROPPED, SPLITS, Tile, places_by_group, read_pair
+from common.masks import code_of, name_of
+from common.store import read_pair
+from dataset import DROPPED, SPLITS, Tile, places_by_group
 from filtering import audit, figures
-from filtering.pipeline import FilterResult
+from filtering.pipeline import FilterResult, describe_palette
 
-FOLDER = "filter"
 SHEET = 24  # tiles on a contact sheet
 SHOWN = 8  # unknown mask values in a line
 MEASURED = {  # column: (label, its threshold in config.Filter)
@@ -45,32 +47,64 @@ def measured(tile: Tile, name: str, limits: Filter) -> float | None:
 
 def preflight(result: FilterResult, config: Config) -> str:
     """Return one line each on the pairs, the groups and the mask values in the folder."""
-    height, width = result.size
-    pairs = f"pairs: {len(result.tiles)}, of {height} x {width} pixels (height x width)"
+    pairs = f"pairs: {len(result.tiles)}, of {describe_sizes(result.sizes)}"
     corrupt = sum(tile.proposed == "corrupt" for tile in result.tiles)
     if corrupt:
         pairs += f"; {corrupt} of them corrupt"
-    groups = "groups: none, because data.group is not set"
+    groups = "groups: none, because neither data.group nor {group} in data.images is set"
     sizes = Counter(tile.group for tile in result.tiles if tile.group).values()
     if sizes:
         groups = f"groups: {len(sizes)}, of {' to '.join(map(str, sorted({min(sizes), max(sizes)})))} tiles"
     if len(sizes) > 1:
         groups += "; none will be in both train and test"
-    shares = result.mask_values / result.mask_values.sum()
-    values = [f"{value} {name} {shares[value]:.2%}"
-              for name, value in zip(config.data.classes, config.data.mask_values, strict=True)]
-    unknown = np.setdiff1d(np.flatnonzero(result.mask_values), config.data.mask_values)
-    if unknown.size:
-        shown = ", ".join(map(str, unknown[:SHOWN])) + (", …" if unknown.size > SHOWN else "")
-        values.append(f"unknown {shown} {shares[unknown].sum():.2%}")
-    return "\n".join([pairs, groups, f"mask values: {', '.join(values)}"])
+    palette = [f"{describe_palette(result.palette)} (read by index)"] if result.palette and not (
+        config.data.palettes_by_colour) else []
+    return "\n".join([pairs, groups, describe_codes(result, config.data), *palette])
 
 
-def copies(result: FilterResult) -> list[str]:
-    """Return a line on the images that have several keys, if there are any."""
+def describe_sizes(sizes: np.ndarray) -> str:
+    """Return the size that all tiles (N, 2) have, or the smallest and the largest; zeros stand for no size."""
+    found = Counter(map(tuple, sizes[sizes[:, 0] > 0].tolist()))
+    texts = [f"{height} x {width}" for height, width in sorted(found, key=lambda size: (math.prod(size), size))]
+    if len(texts) == 1:
+        return f"{texts[0]} pixels (height x width)"
+    (height, width), count = found.most_common(1)[0]
+    return (f"{len(texts)} sizes from {texts[0]} to {texts[-1]} pixels (height x width); {count} have {height} x "
+            f"{width}")
+
+
+def describe_codes(result: FilterResult, data: Data) -> str:
+    """Return a line on the values or colours in the masks, and what they stand for."""
+    pixels = result.codes.total()
+
+    def share(codes: Iterable[int]) -> str:
+        return f"{sum(result.codes[code] for code in codes) / pixels:.2%}"
+
+    if data.threshold is not None:
+        below = [code for code in result.codes if code < data.threshold]
+        between = [code for code in result.codes if code not in data.mask_values]
+        above = [code for code in result.codes if code >= data.threshold]
+        low, high = data.mask_values
+        return (f"mask values: below {data.threshold} {data.classes[0]} {share(below)}, from {data.threshold} "
+                f"{data.classes[1]} {share(above)}; {share(between)} of the pixels are neither {low} nor {high}")
+    names = data.colours or data.mask_values
+    parts = [f"{name} {label} {share([code_of(name)])}" for label, name in zip(data.classes, names, strict=True)]
+    parts += [f"{name} ignored {share([code_of(name)])}" for name in data.ignore]
+    unknown = sorted(result.codes.keys() - {*map(code_of, (*names, *data.ignore))})
+    if unknown:
+        shown = ", ".join(map(name_of, unknown[:SHOWN])) + (", …" if len(unknown) > SHOWN else "")
+        parts.append(f"unknown {shown} {share(unknown)}")
+    return f"mask {'colours' if data.colours else 'values'}: {', '.join(parts)}"
+
+
+def remarks(result: FilterResult) -> list[str]:
+    """Return lines on images that have several keys and on tiles of nothing but background, if there are any."""
     groups = {tile.key: tile.group for tile in result.tiles}
     across = sum(len({groups[key] for key in keys}) > 1 for keys in result.copies)
-    return [f"images with several keys: {len(result.copies)}, in several groups: {across}"] if result.copies else []
+    empty = sum(result.tiles[i].foreground == 0 for i in result.kept)
+    lines = {f"images with several keys: {len(result.copies)}, in several groups: {across}": result.copies,
+             f"kept tiles with nothing but background: {empty}": empty}
+    return [line for line, count in lines.items() if count]
 
 
 def verdicts(result: FilterResult, classes: Sequence[str], as_table: Callable[..., str] = table) -> str:
@@ -115,7 +149,9 @@ def summary(result: FilterResult, config: Config, changes: Sequence[str], pictur
     manual = [[tile.key, tile.proposed, tile.split, tile.note] for tile in tiles if tile.by_hand]
     corrupt = [[tile.key, tile.reason] for tile in tiles if tile.split == "corrupt"]
     same = [[keys[0], ", ".join(keys[1:]), ", ".join(sorted({split[key] for key in keys}))] for keys in result.copies]
-    folder = [*preflight(result, config).splitlines(), *(copies(result) or ["images with several keys: none"])]
+    folder = [*preflight(result, config).splitlines(), *remarks(result)]
+    if not result.copies:
+        folder.append("images with several keys: none")
     sections = {
         "What lies in the folder": "\n".join(f"- {line}" for line in folder),
         "Verdicts": "The row `all` is before filtering, `kept` is after. Class shares are shares of pixels.\n\n"
@@ -180,9 +216,11 @@ def nearness(tile: Tile, limits: Filter) -> float:
 
 def draw(tile: Tile, config: Config) -> tuple[str, np.ndarray]:
     """Return caption and thumbnail of a tile."""
-    image, mask = read_pair(Path(config.data.root), tile, config.data.mask_values)
+    image, mask = read_pair(tile.pair, config.data)
     glass = audit.find_glass(audit.inverted_grey(image), config.filter)
-    lines = [tile.key if len(tile.key) <= 26 else "…" + tile.key[-25:], f"foreground {tile.foreground:.1%}"]
+    lines = [tile.key if len(tile.key) <= 26 else "…" + tile.key[-25:], "no pixel has a class"]
+    if tile.foreground is not None:
+        lines[1] = f"foreground {tile.foreground:.1%}"
     if tile.blank is not None:
         lines[1] = f"blank {tile.blank:.1%}  unmarked {tile.unmarked:.1%}"
     if tile.shift is not None and (tile.confidence or 0) >= config.filter.min_confidence:
@@ -202,7 +240,8 @@ def write(folder: Path, result: FilterResult, config: Config, changes: Sequence[
             for tile in tiles:
                 cells.append(draw(tile, config))
                 progress.advance()
-            palette.save(figures.contact_sheet(cells, title, config.data.classes), folder / name)
+            figure = figures.contact_sheet(cells, title, config.data.classes, bool(config.data.ignore))
+            palette.save(figure, folder / name)
     palette.save(histograms(result, config.filter), folder / "histograms.png")
     write_text(folder / "summary.md", summary(result, config, changes, list(contents)))
     write_text(folder / "settings.yaml", yaml.safe_dump({"filter": to_dict(config.filter)}, sort_keys=False))

@@ -50,6 +50,20 @@ def tiny_config(root: Path):
     return settings
 
 
+def as_store(tiles):
+    """Tiles (H, W, 4) uint8 of any sizes as a store, with the pixels of each class as the only sums."""
+    from common.store import Store
+
+    counts = np.array([np.bincount(tile[..., 3].ravel(), minlength=256)[:3] for tile in tiles])
+    return Store(np.concatenate([tile.reshape(-1, 4) for tile in tiles]), np.array([tile.shape[:2] for tile in tiles]),
+                 np.concatenate([np.zeros((len(tiles), 6), int), counts], axis=1))
+
+
+def arrays(store) -> np.ndarray:
+    """The tiles of a store of one size, (N, H, W, 4)."""
+    return np.stack([store.tile(i) for i in range(len(store))])
+
+
 def checkpoint_contents(run: Path, name: str = "last") -> dict:
     """All that a checkpoint of a run holds, except measured times and memory."""
     import torch
@@ -122,13 +136,13 @@ def always_predict(k: int):
     return change
 
 
-def numpy_batches(crops, store: np.ndarray, batch_size: int):
-    """The batches (B, size, size, 4) uint8 of crops, each window cut by NumPy alone."""
+def numpy_batches(crops, store, batch_size: int):
+    """The batches (B, size, size, 4) uint8 of crops inside their tiles, each window cut by NumPy alone."""
     for start in range(0, len(crops), batch_size):
         batch = []
         for i in range(start, min(start + batch_size, len(crops))):
             top, left = crops.top[i], crops.left[i]
-            window = store[crops.rows[i], top:top + crops.size, left:left + crops.size]
+            window = store.tile(crops.rows[i])[top:top + crops.size, left:left + crops.size]
             window = np.flip(window, 0) if crops.flip_vertical[i] else window
             batch.append(np.flip(window, 1) if crops.flip_horizontal[i] else window)
         yield np.stack(batch)

@@ -28,9 +28,10 @@ def test_an_epoch_is_250_batches_and_training_at_most_50_000_updates():
     train = Config().train
     folds = draw_folds([""] * 8827, train.folds, train.images_per_epoch, seed=0, epoch=1)
     assert len(set(np.concatenate(folds))) == 4000
+    sizes = np.full((8827, 2), 500)
     for fold in range(train.folds):
-        updates = math.ceil(len(training_crops(folds, fold, (500, 500), 256, 0, 1)) / train.batch_size)
-        validations = math.ceil(len(validation_crops(folds, fold, (500, 500), 256, 0, 1)) / train.batch_size)
+        updates = math.ceil(len(training_crops(folds, fold, sizes, 256, 0, 1)) / train.batch_size)
+        validations = math.ceil(len(validation_crops(folds, fold, sizes, 256, 0, 1)) / train.batch_size)
         assert (updates, validations) == (200, 50)
     assert updates * train.epochs == 50_000
 

@@ -13,7 +13,7 @@ import train
 from common.config import Config, Train
 from common.config_files import apply_overrides, to_yaml
 from common.console import UserError
-from dataset import read_tiles, write_tiles
+from dataset import TILE_LIST, read_list, write_tiles
 from evaluation.candidates import candidate_of_run
 from evaluation.test_set import open_test_set
 from filtering import pipeline
@@ -259,7 +259,7 @@ def test_changes_of_the_list_that_concern_a_run_are_rejected(workplace, tiny, ch
 
 def test_changed_pictures_are_rejected_although_the_list_is_unchanged(workplace, tiny, tiles_root):
     train.start(tiny)
-    tile = next(tile for tile in read_tiles(tiles_root) if tile.split == "train")
+    tile = next(tile for tile in read_list(tiles_root / TILE_LIST) if tile.split == "train")
     Image.new("RGB", (40, 48), "purple").save(tiles_root / tile.image)
     with pytest.raises(UserError, match="changed since this run began"):
         train.resume(workplace / "runs/tiny", ["train.epochs=4"])
@@ -296,7 +296,7 @@ def test_an_existing_run_is_not_overwritten(workplace, tiny):
 
 
 @pytest.mark.parametrize(("override", "expected"), [
-    ("data.crop=48", "data.crop=40"), ("train.folds=6", r"train\.folds"),
+    ("train.folds=6", r"train\.folds"),
     ("device=cuda:7", "cuda:7"), ("device=abacus", "abacus")])
 def test_bad_settings_are_rejected_before_a_run_folder_exists(workplace, tiny, override, expected):
     with pytest.raises(UserError, match=expected):

@@ -22,13 +22,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common import palette
-from common.config import Filter
+from common.config import Data, Filter
 from common.config_files import apply_overrides, load_config
 from common.console import UserError, argument_parser, markdown_table, run, table
 from common.files import write_text
-from dataset import Tile, read_tiles
+from dataset import FILTER_FOLDER, Tile, read_tiles
 from filtering.audit import verdict
-from filtering.report import FOLDER, MEASURED, measured
+from filtering.report import MEASURED, measured
 from tools.make_demo_data import DEFECTS
 
 OF_MASKS = tuple(defect for defect in DEFECTS if defect != "empty")
@@ -55,7 +55,7 @@ def read(folder: Path) -> list[Planted]:
         raise UserError(f"{path}: missing; only tiles of `python -m tools.make_demo_data` have planted defects")
     with path.open(newline="") as file:
         truth = {row["key"]: row for row in csv.DictReader(file)}
-    tiles = read_tiles(folder)
+    tiles = read_tiles(Data(root=str(folder)))
     strange = [tile.key for tile in tiles if tile.key not in truth]
     if strange or len(tiles) != len(truth):
         raise UserError(f"{folder}: tiles.csv and truth.csv are not of the same tiles; run data_filter.py again")
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of demo tiles that were filtered")
     parser.add_argument("overrides", nargs="*", metavar="filter.key=value", help="other limits than the filter used")
     args = parser.parse_args()
-    settings = args.data / FOLDER / "settings.yaml"
+    settings = args.data / FILTER_FOLDER / "settings.yaml"
     if not settings.is_file():
         raise UserError(f"{settings}: missing; run data_filter.py first")
     planted = read(args.data)

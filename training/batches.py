@@ -1,6 +1,7 @@
 """From the packed store to the network's input: cut crops, copy them to the device and normalise them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -9,33 +10,35 @@ from torch import Tensor
 
 from common.console import Progress
 from common.devices import memory_format
-from dataset import Statistics
-from training.crops import Crops
+from common.masks import IGNORE
+from common.statistics import Statistics
+from common.store import Store
+from training.crops import Crops, mirrored
 
 
-def store_on(device: torch.device, store: np.ndarray) -> np.ndarray | Tensor:
-    """Copy the store to a GPU if it fits into a quarter of the free memory there. Otherwise return it unchanged."""
-    fits = device.type == "cuda" and 4 * store.nbytes <= torch.cuda.mem_get_info(device)[0]
-    return copy_store(device, store) if fits else store
+def store_on(device: torch.device, store: Store) -> Store:
+    """Return the store with its pixels on a GPU if they fit into a quarter of the free memory there, else unchanged."""
+    fits = device.type == "cuda" and 4 * store.pixels.nbytes <= torch.cuda.mem_get_info(device)[0]
+    return replace(store, pixels=copy_pixels(device, store.pixels)) if fits else store
 
 
-def copy_store(device: torch.device, store: np.ndarray, tiles_at_once: int = 64) -> Tensor:
-    """Copy a store (N, H, W, 4) uint8 to a device in parts of some tiles."""
-    copy = torch.empty(store.shape, dtype=torch.uint8, device=device)
-    with Progress("copy tiles to the GPU", len(store), "tile") as progress:
-        for start in range(0, len(store), tiles_at_once):
-            tiles = np.array(store[start:start + tiles_at_once])
-            copy[start:start + tiles_at_once] = torch.from_numpy(tiles)
-            progress.advance(len(tiles))
+def copy_pixels(device: torch.device, pixels: np.ndarray, at_once: int = 2**24) -> Tensor:
+    """Copy pixels (P, 4) uint8 to a device in parts."""
+    copy = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    with Progress("copy tiles to the GPU", len(pixels), "pixel") as progress:
+        for start in range(0, len(pixels), at_once):
+            part = np.array(pixels[start:start + at_once])
+            copy[start:start + at_once] = torch.from_numpy(part)
+            progress.advance(len(part))
     return copy
 
 
-def batches_on(device: torch.device, crops: Crops, store: np.ndarray | Tensor, batch_size: int) -> Iterator[Tensor]:
+def batches_on(device: torch.device, crops: Crops, store: Store, batch_size: int) -> Iterator[Tensor]:
     """Yield the crops in order as batches (B, size, size, 4) uint8 on a device. The last batch may be smaller.
 
     A store on the device is cut there. Otherwise the CPU cuts the crops, and a GPU copies them while it computes.
     """
-    if isinstance(store, Tensor):
+    if isinstance(store.pixels, Tensor):
         yield from _gather(crops, store, batch_size)
         return
     pinned = device.type == "cuda"  # a GPU copies from pinned memory by itself; torch keeps it until the copy is done
@@ -46,19 +49,29 @@ def batches_on(device: torch.device, crops: Crops, store: np.ndarray | Tensor, b
         yield batch.to(device, non_blocking=pinned)
 
 
-def _gather(crops: Crops, store: Tensor, batch_size: int) -> Iterator[Tensor]:
+def _gather(crops: Crops, store: Store, batch_size: int) -> Iterator[Tensor]:
     """Yield the batches of a store on the device; one indexing operation cuts and flips all crops of a batch."""
-    def positions(start: np.ndarray, flip: np.ndarray) -> Tensor:                    # (n, size) of the tile
-        offsets = np.arange(crops.size)
-        return torch.from_numpy(start[:, None] + np.where(flip[:, None], offsets[::-1], offsets)).to(store.device)
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(store.pixels.device)
 
-    pixels = store.view(torch.int32)[..., 0]                                         # (N, H, W)
-    rows = torch.from_numpy(crops.rows).to(store.device)[:, None, None]              # (n, 1, 1)
-    y = positions(crops.top, crops.flip_vertical)[:, :, None]                        # (n, size, 1)
-    x = positions(crops.left, crops.flip_horizontal)[:, None]                        # (n, 1, size)
+    def positions(start: np.ndarray, flip: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        offsets = np.arange(crops.size)
+        return mirrored(start[:, None] + np.where(flip[:, None], offsets[::-1], offsets), lengths[:, None])
+
+    heights, widths = store.sizes[crops.rows].T                                      # (n,)
+    y, inside_y = positions(crops.top, crops.flip_vertical, heights)                 # (n, size)
+    x, inside_x = positions(crops.left, crops.flip_horizontal, widths)               # (n, size)
+    starts = on_device(store.starts[crops.rows][:, None] + y * widths[:, None])[:, :, None]  # (n, size, 1) of the rows
+    columns = on_device(x)[:, None]                                                  # (n, 1, size)
+    outside = None if inside_y.all() and inside_x.all() else (~on_device(inside_y), ~on_device(inside_x))
+    pixels = store.pixels.view(torch.int32)[:, 0]                                    # (P,)
     for start in range(0, len(crops), batch_size):
         part = slice(start, start + batch_size)
-        yield pixels[rows[part], y[part], x[part]][..., None].view(torch.uint8)
+        batch = pixels[starts[part] + columns[part]][..., None].view(torch.uint8)  # (B, size, size, 4)
+        if outside:
+            rows_outside, columns_outside = (sides[part] for sides in outside)
+            batch[..., 3].masked_fill_(rows_outside[:, :, None] | columns_outside[:, None], IGNORE)
+        yield batch
 
 
 def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:

@@ -17,7 +17,7 @@ from common.config import Config
 from common.config_files import from_dict, leaves, to_dict
 from common.console import UserError
 from common.files import replacing
-from dataset import Statistics
+from common.statistics import Statistics
 from unet import UNet
 
 FORMAT = "crc-unet checkpoint 2"

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.console import UserError
+from common.masks import IGNORE
 from common.randomness import generator
+from common.store import Store
 from dataset import places_by_group
 
 
@@ -19,8 +21,9 @@ def draw_folds(groups: Sequence[str], count: int, images_per_epoch: int, seed: i
     """
     members = places_by_group([group or f"tile {i}" for i, group in enumerate(groups)])
     if len(members) < count:
-        raise UserError(f"{len(groups)} training tiles of {len(members)} groups cannot fill {count} folds without a "
-                        f"shared group: set train.folds to at most {len(members)}, or add slides or patients")
+        raise UserError(f"each of the {count} folds (train.folds) needs a group (slide, patient) of its own, but the "
+                        f"training tiles ({len(groups)}) have {len(members)}: "
+                        f"{_advice_on_folds(len(members), len(groups), images_per_epoch)}")
     random = generator(seed, epoch, 0, "folds")
     dealt: list[list[int]] = [[] for _ in range(count)]
     for i in random.permutation(len(members)):
@@ -28,9 +31,24 @@ def draw_folds(groups: Sequence[str], count: int, images_per_epoch: int, seed: i
     return [np.resize(random.permutation(tiles), images_per_epoch // count) for tiles in dealt]
 
 
+def _advice_on_folds(groups: int, tiles: int, images_per_epoch: int) -> str:
+    """Say how a training set of few groups can be trained with."""
+    if groups > 1:
+        fitting = [folds for folds in range(2, groups + 1) if images_per_epoch % folds == 0]
+        images = "" if fitting else f" and train.images_per_epoch={images_per_epoch // groups * groups or groups}"
+        return f"set train.folds={max(fitting, default=groups)}{images}, or add slides or patients"
+    if tiles > 1:
+        return ("add slides or patients, or run data_filter.py without data.group and {group}, so that each tile is a "
+                "group; tiles of one slide then train and validate, which makes scores too high")
+    return "add tiles; training needs at least two"
+
+
 @dataclass(frozen=True)
 class Crops:
-    """Windows of the store, one for each image that the network sees; all arrays have the shape (n,)."""
+    """Windows of tiles, one for each image that the network sees; all arrays have the shape (n,).
+
+    A window may reach over the border of a smaller tile. There it shows the tile's mirror image, without a class.
+    """
 
     rows: np.ndarray  # of the store: the tile of each window
     top: np.ndarray
@@ -42,34 +60,55 @@ class Crops:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def cut(self, store: np.ndarray, part: range, batch: np.ndarray) -> None:
+    def cut(self, store: Store, part: range, batch: np.ndarray) -> None:
         """Fill a batch (B, size, size, 4) uint8 with the crops `part`."""
-        pixels = store.view(np.uint32)[..., 0]  # (N, H, W): one number is copied faster than four
         for target, i in zip(batch.view(np.uint32)[..., 0], part, strict=True):
+            pixels = store.tile(self.rows[i]).view(np.uint32)[..., 0]  # (H, W): one number is copied faster than four
             top, left = self.top[i], self.left[i]
-            window = pixels[self.rows[i], top:top + self.size, left:left + self.size]
+            if min(pixels.shape) < self.size:
+                window = self._mirrored(pixels, top, left)
+            else:
+                window = pixels[top:top + self.size, left:left + self.size]
             step_y, step_x = (-1 if flip[i] else 1 for flip in (self.flip_vertical, self.flip_horizontal))
             target[:] = window[::step_y, ::step_x]
 
+    def _mirrored(self, pixels: np.ndarray, top: int, left: int) -> np.ndarray:
+        """Return a window (size, size) uint32 that reaches over the border of a tile (H, W) uint32."""
+        (rows, inside_rows), (columns, inside_columns) = (
+            mirrored(start + np.arange(self.size), length)
+            for start, length in zip((top, left), pixels.shape, strict=True))
+        window = np.ascontiguousarray(pixels[np.ix_(rows, columns)])
+        window.view(np.uint8).reshape(*window.shape, 4)[~np.logical_and.outer(inside_rows, inside_columns), 3] = IGNORE
+        return window
 
-def training_crops(folds: Sequence[np.ndarray], fold: int, tile_size: tuple[int, int], size: int,
-                   seed: int, epoch: int) -> Crops:
-    """Draw crops of all folds but `fold`: shuffled, with random windows and independent flips (section 5.1.1)."""
+
+def mirrored(positions: np.ndarray, length: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels of a line that its mirror images show at any positions, and which positions are inside."""
+    places = positions % (2 * length)
+    return np.where(places < length, places, 2 * length - 1 - places), (positions >= 0) & (positions < length)
+
+
+def training_crops(folds: Sequence[np.ndarray], fold: int, sizes: np.ndarray, size: int, seed: int,
+                   epoch: int) -> Crops:
+    """Draw crops of all folds but `fold`: shuffled, with random windows and independent flips (section 5.1.1).
+
+    `folds` hold rows of the store, whose tiles have `sizes` (N, 2).
+    """
     random = generator(seed, epoch, fold, "training crops")
     rows = random.permutation(np.concatenate([rows for i, rows in enumerate(folds) if i != fold]))
-    top, left = _windows(random, len(rows), tile_size, size)
+    top, left = _windows(random, sizes[rows], size)
     flips = random.random((2, len(rows))) < 0.5
     return Crops(rows, top, left, flips[0], flips[1], size)
 
 
-def validation_crops(folds: Sequence[np.ndarray], fold: int, tile_size: tuple[int, int], size: int,
-                     seed: int, epoch: int) -> Crops:
+def validation_crops(folds: Sequence[np.ndarray], fold: int, sizes: np.ndarray, size: int, seed: int,
+                     epoch: int) -> Crops:
     """Draw crops of the fold itself: one random window for each image, without flips."""
-    top, left = _windows(generator(seed, epoch, fold, "validation crops"), len(folds[fold]), tile_size, size)
+    top, left = _windows(generator(seed, epoch, fold, "validation crops"), sizes[folds[fold]], size)
     no_flip = np.zeros(len(folds[fold]), bool)
     return Crops(folds[fold], top, left, no_flip, no_flip, size)
 
 
-def _windows(random: np.random.Generator, count: int, tile_size: tuple[int, int], size: int) -> list[np.ndarray]:
-    """Return the top and left of each window."""
-    return [random.integers(0, side - size + 1, count) for side in tile_size]
+def _windows(random: np.random.Generator, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return the top and left of a window in each tile of these sizes (n, 2): of a smaller one that contains it."""
+    return [random.integers(np.minimum(room, 0), np.maximum(room, 0) + 1) for room in (sizes - size).T]

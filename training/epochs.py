@@ -6,6 +6,7 @@ import torch
 
 from common.config import Config
 from common.console import Progress, UserError
+from common.masks import IGNORE
 from common.randomness import torch_seed
 from training.batches import batches_on, normalise
 from training.crops import Crops, draw_folds, training_crops, validation_crops
@@ -15,23 +16,28 @@ from training.training_set import TrainingSet
 
 def run_pass(learner: Learner, data: TrainingSet, crops: Crops, batch_size: int, training: bool,
              progress: Progress) -> float:
-    """Make one pass over `crops`, with weight updates if `training`. Return the mean loss over its images."""
+    """Make one pass over `crops`, with weight updates if `training`. Return the mean loss over its images.
+
+    Images in which no pixel has a class do not count; the result is NaN if there are no others.
+    """
     learner.model.train(training)
-    total, seen = torch.zeros((), device=learner.device), 0
+    total, seen = (torch.zeros((), device=learner.device) for _ in range(2))
     mean_so_far = torch.zeros((), pin_memory=learner.device.type == "cuda")  # pinned: read without waiting for the GPU
     with torch.set_grad_enabled(training):
-        for batch in batches_on(learner.device, crops, data.store, batch_size):      # (B, size, size, 4) uint8
+        for batch in batches_on(learner.device, crops, data.store, batch_size):
             images = normalise(batch[..., :3], data.statistics)                      # (B, 3, size, size)
-            loss = learner.batch_loss(images, batch[..., 3].long())
+            labels = batch[..., 3]                                                   # (B, size, size) uint8
+            loss = learner.batch_loss(images, labels.long())
             if training:
                 loss.backward()
                 learner.optimizer.step()
                 learner.optimizer.zero_grad()
-            total += loss.detach() * len(batch)
-            seen += len(batch)
+            count = (labels != IGNORE).flatten(1).any(dim=1).sum()
+            total += loss.detach() * count
+            seen += count
             mean_so_far.copy_(total / seen, non_blocking=True)
             progress.advance(len(batch), note=f"loss {mean_so_far:.4f}")
-    return total.item() / seen
+    return total.item() / seen.item() if seen.item() else math.nan
 
 
 def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -> dict:
@@ -39,7 +45,7 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
     plan = config.train
     places = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch)
     folds = [data.rows[fold] for fold in places]  # rows of the store
-    window = data.store.shape[1:3], config.data.crop, config.seed, epoch
+    window = data.store.sizes, config.data.crop, config.seed, epoch
     survivor, survivor_state, lowest, val_losses = None, None, math.inf, []
     start = learner.take_snapshot()
     with Progress("", plan.folds * plan.images_per_epoch, "image") as progress:
@@ -55,8 +61,11 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
                 survivor = {"survivor": fold, "train_loss": train_loss, "val_loss": val_loss}
                 survivor_state = learner.take_snapshot(into=survivor_state)
     if survivor is None:
+        unlabelled = (", or a larger data.crop if the crops of a fold may hold nothing but ignored pixels"
+                      if config.data.ignore else "")
         raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}). What earlier epochs "
-                        "wrote is kept. Start a new run with a lower optim.lr, or with train.precision=float32")
+                        "wrote is kept. Start a new run with a lower optim.lr, or with train.precision=float32"
+                        f"{unlabelled}")
     learner.restore_snapshot(survivor_state)
     return survivor | {f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}
 

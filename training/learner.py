@@ -12,7 +12,7 @@ from common.config import Config, Optim
 from common.console import UserError
 from common.devices import autocast, choose_device, choose_precision, compile_for_training, memory_format
 from common.randomness import torch_seed
-from dataset import Statistics
+from common.statistics import Statistics
 from losses import make_loss
 from training import checkpoints
 from training.snapshots import State, copy_state

@@ -109,7 +109,7 @@ def record_start(folder: Path, config: Config, device: torch.device, precision: 
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in PACKAGES},
-        "tiles_sha256": hashlib.sha256((Path(config.data.root) / TILE_LIST).read_bytes()).hexdigest(),
+        "tiles_sha256": hashlib.sha256((config.data.list_folder / TILE_LIST).read_bytes()).hexdigest(),
     }
     write_text(path, json.dumps([*starts, start], indent=2) + "\n")
 

@@ -1,16 +1,17 @@
 """Prepare what a run learns from: the packed store, which of its tiles are for training, and their statistics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 import dataset
 from common.config import Config
 from common.console import UserError, warn
 from common.devices import choose_device
-from common.pictures import picture_size
+from common.statistics import Statistics, statistics_of
+from common.store import Store, open_store
+from dataset import warn_about_small_tiles
 from training.batches import store_on
 from training.crops import draw_folds
 
@@ -19,37 +20,43 @@ from training.crops import draw_folds
 class TrainingSet:
     """The store of all kept tiles, and what is known of the training tiles."""
 
-    store: np.ndarray | Tensor  # (N, H, W, 4) uint8: mapped into memory, or on the GPU
+    store: Store  # with pixels on the GPU if they fit there
     rows: np.ndarray  # (training tiles,) rows of the store
     groups: list[str]  # one for each of `rows`
-    statistics: dataset.Statistics
+    statistics: Statistics
     tiles_identity: str  # dataset.identity of the list of tiles
 
 
 def prepare_data(config: Config) -> TrainingSet:
     """Read the cleaned list of tiles, pack the store if needed, and compute the statistics of the training tiles."""
-    root = Path(config.data.root)
-    tiles = [tile for tile in dataset.read_tiles(root) if tile.split in dataset.SPLITS]
+    path = config.data.list_folder / dataset.TILE_LIST
+    tiles = [tile for tile in dataset.read_tiles(config.data) if tile.split in dataset.SPLITS]
     for split in dataset.SPLITS:
         if all(tile.split != split for tile in tiles):
-            raise UserError(f"{root / dataset.TILE_LIST}: no tile has split = {split}; run data_filter.py again")
+            raise UserError(f"{path}: no tile has split = {split}; run data_filter.py again")
     rows = np.array([i for i, tile in enumerate(tiles) if tile.split == "train"])
-    groups = [tiles[i].group for i in rows]
     warn_about_groups(config, tiles)
-    warn_about_repeats(draw_folds(groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch=1))
-    height, width = picture_size(root / tiles[0].image)
-    if config.data.crop > min(height, width):
-        largest = min(height, width) // config.model.multiple * config.model.multiple
-        raise UserError(f"data.crop ({config.data.crop}) is larger than the tiles of {root} ({height} x {width} pixels)"
-                        f": set data.crop={largest} or a smaller multiple of {config.model.multiple}")
-    store = dataset.open_store(root, tiles, config.data.mask_values)
-    pixels = store_on(choose_device(config.device), store.pixels)
-    return TrainingSet(pixels, rows, groups, dataset.statistics_of(store.sums[rows]), dataset.identity(tiles))
+    draw_first_folds(tiles, rows, config)  # may raise, so it comes before tiles are packed
+    store = open_store([tile.pair for tile in tiles], config.data)
+    labelled = store.counts(rows).any(axis=1)
+    if not labelled.all():
+        warn(f"{path}: training tiles in which no pixel has a class: {np.count_nonzero(~labelled)}. They are left out")
+        rows = rows[labelled]
+    warn_about_small_tiles(store.sizes[rows], config)
+    warn_about_repeats(draw_first_folds(tiles, rows, config))
+    return TrainingSet(store_on(choose_device(config.device), store), rows, [tiles[i].group for i in rows],
+                       statistics_of(store.sums[rows]), dataset.identity(tiles))
+
+
+def draw_first_folds(tiles: Sequence[dataset.Tile], rows: np.ndarray, config: Config) -> list[np.ndarray]:
+    """Draw the folds of the first epoch."""
+    groups = [tiles[i].group for i in rows]
+    return draw_folds(groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch=1)
 
 
 def warn_about_groups(config: Config, tiles: list[dataset.Tile]) -> None:
     """Warn if tiles.csv has no groups, or other groups than data.group finds."""
-    path = Path(config.data.root) / dataset.TILE_LIST
+    path = config.data.list_folder / dataset.TILE_LIST
     try:
         agree = all(dataset.group_of(tile.key, config.data.group) in ("", tile.group) for tile in tiles)
     except UserError:  # the pattern finds no group in a key: it was made for other tiles

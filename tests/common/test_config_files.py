@@ -8,7 +8,7 @@ from common import config_files
 from common.config import Config, Data, Model
 from common.config_files import apply_overrides, from_dict, leaves, load_config, to_dict, to_yaml
 from common.console import UserError
-from dataset import Statistics
+from common.statistics import Statistics
 from training.checkpoints import build_model, load_checkpoint, save_checkpoint
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, read_rows, write_pairs
+from helpers import TINY, as_store, read_rows, write_pairs
 from PIL import Image
 
 import evaluate
@@ -18,7 +18,7 @@ import train
 from common import palette
 from common.config import Config, Data
 from common.config_files import apply_overrides
-from dataset import TILE_LIST, Tile, read_tiles, write_tiles
+from dataset import TILE_LIST, Tile, read_list, write_tiles
 from evaluation import page as report_page
 from evaluation.candidates import candidate_of_run
 from evaluation.metrics import Tally
@@ -142,7 +142,7 @@ def test_some_tiles_have_no_tumour_score(page):
 @pytest.mark.parametrize("how", ["key", "click"])
 def test_each_view_shows_its_picture(opened, page, how):
     root = page.parent / "tiles"
-    tile = next(tile for tile in read_tiles(root) if tile.key == keys_shown(opened)[3])
+    tile = next(tile for tile in read_list(root / TILE_LIST) if tile.key == keys_shown(opened)[3])
     mask_values, colours = np.array([26, 51, 77]), palette.class_colours(3)
     truth = np.searchsorted(mask_values, np.asarray(Image.open(root / tile.mask)))
 
@@ -308,9 +308,9 @@ def evaluation_of(count, size, candidates=1):
     """Tiles of noise, which cannot be compressed."""
     random = np.random.default_rng(0)
     tiles = [Tile(str(i), f"{i}.png", f"{i}.png", split="test") for i in range(count)]
-    store = random.integers(0, 256, (count, size, size, 4)).astype(np.uint8)
-    store[..., 3] %= 3
-    test_set = SimpleNamespace(tiles=tiles, store=store, rows=range(count), config=Config(data=Data()))
+    pixels = random.integers(0, 256, (count, size, size, 4)).astype(np.uint8)
+    pixels[..., 3] %= 3
+    test_set = SimpleNamespace(tiles=tiles, store=as_store(pixels), rows=range(count), config=Config(data=Data()))
     confusion = random.integers(1, 100, (count, 3, 3))
     tallies = [Tally(confusion, random.random((count, 3, 3))) for _ in range(candidates)]
     return Evaluation(test_set, [SimpleNamespace(name=f"e{i}") for i in range(candidates)], tallies, [], 3.0)
@@ -332,7 +332,7 @@ def test_thumbnails_keep_the_shape_and_small_tiles_their_size(monkeypatch):
     monkeypatch.setattr(Evaluation, "predicted", lambda self, candidate, i: self.tile(i)[1])
     address = report_page.thumbnails(evaluation, 0, 320)["truth"]
     assert Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).size == (40, 40)
-    evaluation.test_set.store = np.zeros((2, 50, 200, 4), np.uint8)
+    evaluation.test_set.store = as_store(np.zeros((2, 50, 200, 4), np.uint8))
     address = report_page.thumbnails(evaluation, 0, 100)["predictions"][0]
     assert Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).size == (100, 25)
 

@@ -83,9 +83,9 @@ def test_bad_images_are_rejected_before_anything_is_computed(trained, images, mo
     with pytest.raises(UserError, match="new: 2 images .*'b'"):
         run_evaluate(trained, "--images", images)
     (images / "b.png").unlink()
-    for name in ("grey", "grey2"):
-        Image.new("L", (5, 5)).save(images / f"{name}.png")
-    with pytest.raises(UserError, match="grey.png: .*RGB.*2 of 5 images.*grey2.png"):
+    for name in ("print", "print2"):
+        Image.new("CMYK", (5, 5)).save(images / f"{name}.tif")
+    with pytest.raises(UserError, match="print.tif: .*RGB.*2 of 5 images.*print2.tif"):
         run_evaluate(trained, "--images", images)
 
 

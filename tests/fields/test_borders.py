@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import arrays
 
 from common import geometry
 from fields import borders
@@ -18,7 +19,7 @@ def test_the_crop_is_central_and_keeps_the_alignment(levels, length, crop):
 
 def test_counts_equal_a_loop_over_all_pixels(candidate, tiles):
     border = borders.measure_border(candidate, tiles)
-    store, levels = tiles.store, 2
+    store, levels = arrays(tiles.store), 2
     height, width = store.shape[1:3]
     assert border.tiles == list(range(len(tiles.tiles))) and border.crop == 16
     for number, tile in enumerate(border.tiles[:3]):
@@ -38,6 +39,6 @@ def test_counts_equal_a_loop_over_all_pixels(candidate, tiles):
                     band = 1 if min(y - 16, x - 12, 31 - y, 27 - x) >= 4 else 0
                     crop[:, band] += [1, alone[y - 16, x - 12] == target[y, x], labels[y, x] == target[y, x]]
         assert (border.outer[number] == confusion[0]).all() and (border.interior[number] == confusion[1]).all()
-        assert (np.array([border.right[number], border.pixels]) == distances).all()
-        counts = border.crop_pixels, border.right_alone[number], border.right_in_tile[number]
+        assert (np.array([border.right[number], border.pixels[number]]) == distances).all()
+        counts = border.crop_pixels[number], border.right_alone[number], border.right_in_tile[number]
         assert (np.array(counts) == crop).all() and crop[0].sum() == 256

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import arrays, as_store
 
 from common.console import UserError
 from common.geometry import smallest_cut
@@ -14,7 +15,7 @@ from fields.sampling import Pixels
 
 def test_pixels_have_their_class_and_cuts_lie_inside_their_tiles(candidate, tiles):
     pixels = sampling.draw_pixels(candidate, tiles, 12)
-    cut, store = smallest_cut(2), tiles.store
+    cut, store = smallest_cut(2), arrays(tiles.store)
     assert np.bincount(pixels.classes).tolist() == [12, 12, 12]
     for tile, corner, place, k in zip(pixels.tiles, pixels.corners, pixels.places, pixels.classes, strict=True):
         assert (corner >= 0).all() and (corner + cut.size <= store.shape[1:3]).all()
@@ -34,20 +35,27 @@ def test_pixels_have_their_class_and_cuts_lie_inside_their_tiles(candidate, tile
     assert (again.corners == pixels.corners).all() and (again.tiles == pixels.tiles).all()
 
 
-def test_tiles_smaller_than_the_cut_are_rejected(candidate, tiles):
-    small = SimpleNamespace(store=tiles.store[:, :17], rows=tiles.rows, config=tiles.config)
+def test_tiles_smaller_than_the_cut_give_no_pixels(candidate, tiles, capsys):
+    small = [tile[:17] for tile in arrays(tiles.store)]
+    test_set = SimpleNamespace(store=as_store(small), rows=tiles.rows, config=tiles.config)
     with pytest.raises(UserError, match="tiny.*17 x 40 pixels.*2 levels.*18 x 18.*data.root.*model.widths"):
-        sampling.draw_pixels(candidate, small, 5)
+        sampling.draw_pixels(candidate, test_set, 5)
+    row = tiles.rows[1]
+    small[row] = arrays(tiles.store)[row][:, :20]
+    pixels = sampling.draw_pixels(candidate, SimpleNamespace(**vars(test_set) | {"store": as_store(small)}), 5)
+    assert len(pixels) and set(pixels.tiles) == {1}, "the only tile that is large enough"
+    assert f"{len(tiles.rows) - 1} of {len(tiles.rows)}" in capsys.readouterr().err
 
 
 def test_a_class_too_near_to_the_borders_has_no_pixels(candidate, tiles):
-    store = np.array(tiles.store)
+    store = arrays(tiles.store)
     store[..., 3] = np.minimum(store[..., 3], 1)
     store[0, 0, 0, 3] = 2  # in a corner no field fits around it
-    changed = SimpleNamespace(store=store, rows=tiles.rows, config=tiles.config)
+    changed = SimpleNamespace(store=as_store(store), rows=range(len(store)), config=tiles.config)
     pixels = sampling.draw_pixels(candidate, changed, 5)
     assert np.bincount(pixels.classes, minlength=3).tolist() == [5, 5, 0] and pixels.shares[2] > 0
     store[0, 8, 8, 3] = 2  # one of the four alignments reaches it
+    changed.store = as_store(store)
     pixels = sampling.draw_pixels(candidate, changed, 8)
     assert pixels.places[pixels.classes == 2].tolist() == [[8, 8], [8, 8]]
 
@@ -68,7 +76,7 @@ def test_inputs_are_normalised_cuts_zeros_and_noise(candidate, tiles):
     batch = sampling.tile_inputs(candidate, tiles, pixels)(3, 9)
     for i in range(3, 9):
         top, left = pixels.corners[i]
-        cut = tiles.store[tiles.rows[pixels.tiles[i]], top:top + 18, left:left + 18, :3] / 255
+        cut = tiles.store.tile(tiles.rows[pixels.tiles[i]])[top:top + 18, left:left + 18, :3] / 255
         expected = (cut - candidate.statistics.mean) / candidate.statistics.std
         assert np.allclose(batch[i - 3].movedim(0, -1), expected, atol=1e-5)
     device = torch.device("cpu")

@@ -126,13 +126,45 @@ def test_small_and_narrow_tiles_are_measured(height, width):
     assert 0 <= found["blank"] <= 1 and 0 <= found["unmarked"] <= 1
 
 
+def test_a_tile_without_annotated_pixels_has_no_blank_share():
+    found = measure_tile(np.full((50, 60, 3), 120, np.uint8), np.zeros((50, 60), bool), Filter())
+    assert found["blank"] is None and found["unmarked"] == 1 and found["shift_x"] is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ignored_pixels_are_left_out_of_the_shares(seed):
+    random = np.random.default_rng(seed)
+    image, classes = half_glass(random, 60, 70), random.integers(0, 3, (60, 70))
+    labelled = random.random((60, 70)) < 0.6
+    found = measure_tile(image, (classes > 0) & labelled, Filter(sigma=4), labelled)
+    glass = find_glass(inverted_grey(image), Filter(sigma=4))
+    pixels = [(glass[y, x], classes[y, x] > 0) for y in range(60) for x in range(70) if labelled[y, x]]
+    assert found["blank"] == sum(g and a for g, a in pixels) / sum(a for _, a in pixels)
+    assert found["unmarked"] == sum(not g and not a for g, a in pixels) / len(pixels)
+
+
+@pytest.mark.parametrize(("dx", "dy"), [(32, 0), (-24, 40), (0, 0)])
+def test_a_shift_is_found_in_the_labelled_part_of_a_mask(dx, dy):
+    image, tissue = blobs(5, 640)
+    window = np.s_[70:570, 70:570]
+    image, mask = image[window], np.roll(tissue, (dy, dx), (0, 1))[window]
+    labelled = np.ones(mask.shape, bool)
+    labelled[:150], labelled[:, 400:] = False, False
+    for hidden in (mask & labelled, mask | ~labelled):  # whatever stands where nothing is labelled
+        x, y, confidence = misalignment(inverted_grey(image), hidden, 10, labelled)
+        assert abs(x - dx) <= 8 and abs(y - dy) <= 8 and (confidence > 0.5 or dx == dy == 0)
+    labelled[:, 200:] = False
+    assert misalignment(inverted_grey(image), mask, 10, labelled) is None, "too little is left to compare"
+
+
 FULL = Tile("a", "a", "a", foreground=0.5, blank=0.0, unmarked=0.0, shift_x=30.0, shift_y=40.0, confidence=0.6)
 
 
 @pytest.mark.parametrize(("changes", "limits", "expected"), [
     ({}, {}, ""),
     ({"foreground": 0.0099}, {}, "sparse"),
-    ({"foreground": 0.0}, {"min_foreground": 0.0}, "sparse"),
+    ({"foreground": 0.0, "blank": None}, {"min_foreground": 0.0}, ""),
+    ({"foreground": None, "blank": None}, {"min_foreground": 0.0}, "unlabelled"),
     ({"blank": 0.075}, {}, "misregistered"),
     ({"blank": 0.0749}, {}, ""),
     ({"blank": 1.0}, {"max_blank": None}, ""),

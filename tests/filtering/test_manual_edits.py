@@ -106,8 +106,8 @@ def test_a_link_at_fault_is_no_reason_to_delete_the_list(tmp_path):
     file.rename(tmp_path / "out.png")
     file.symlink_to(tmp_path / "out.png")
     with pytest.raises(UserError, match="leads out") as error:
-        read_earlier_list(tmp_path / "tiles/tiles.csv")
+        read_earlier_list(tmp_path / "tiles/tiles.csv", tmp_path / "tiles")
     assert "delete" not in str(error.value)
     (tmp_path / "tiles/tiles.csv").write_text("key\n")
     with pytest.raises(UserError, match="fix it, or delete it"):
-        read_earlier_list(tmp_path / "tiles/tiles.csv")
+        read_earlier_list(tmp_path / "tiles/tiles.csv", tmp_path / "tiles")

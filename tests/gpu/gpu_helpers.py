@@ -1,5 +1,6 @@
 """Helpers of the GPU tests: small learnable tiles, training steps, and comparisons of tensors."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def exact_learner(config: Config) -> tuple[Learner, training_set.TrainingSet]:
                                                        weight_decay=optim.weight_decay, fused=False)), data
 
 
-def random_crops(rows: np.ndarray, tile_size: tuple[int, int], size: int, count: int, seed: int = 0) -> Crops:
-    """Draw random windows of these rows of the store, randomly flipped."""
+def random_crops(rows: np.ndarray, tile_size: Sequence[int], size: int, count: int, seed: int = 0) -> Crops:
+    """Draw random windows of these rows of a store whose tiles have one size, randomly flipped."""
     random = np.random.default_rng(seed)
     top, left = (random.integers(0, length - size + 1, count) for length in tile_size)
     flips = random.random((2, count)) < 0.5
@@ -70,7 +71,7 @@ def random_crops(rows: np.ndarray, tile_size: tuple[int, int], size: int, count:
 
 
 def crops_for(data: training_set.TrainingSet, config: Config, batches: int, seed: int = 0) -> Crops:
-    return random_crops(data.rows, data.store.shape[1:3], config.data.crop, batches * config.train.batch_size, seed)
+    return random_crops(data.rows, data.store.sizes[0], config.data.crop, batches * config.train.batch_size, seed)
 
 
 def loss_of(learner: Learner, data: training_set.TrainingSet, batch: Tensor) -> Tensor:

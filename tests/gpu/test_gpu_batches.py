@@ -1,18 +1,21 @@
 """Batches on the GPU equal those that NumPy cuts: from a store on the GPU, from a huge one, and by pinned memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from gpu_helpers import random_crops
-from helpers import numpy_batches
+from helpers import as_store, numpy_batches
 
-from training.batches import batches_on, copy_store, store_on
-from training.crops import Crops
+from common.store import Store
+from training.batches import batches_on, copy_pixels, store_on
+from training.crops import Crops, training_crops
 
 pytestmark = pytest.mark.gpu
 
 
-def random_store(tiles: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+def random_tiles(tiles: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (tiles, height, width, 4), np.uint8)
 
 
@@ -25,19 +28,31 @@ def assert_batches_equal(ours, expected, device: torch.device) -> None:
 
 @pytest.mark.parametrize("source", ["store on the device", "pinned memory"])
 def test_random_flipped_crops_equal_those_that_numpy_cuts(device, source):
-    store = random_store(20, 70, 90)
+    store = as_store(random_tiles(20, 70, 90))
     crops = random_crops(np.arange(20), (70, 90), 48, count=103)
     assert {*zip(crops.flip_vertical.tolist(), crops.flip_horizontal.tolist(), strict=True)} == {
         (False, False), (False, True), (True, False), (True, True)}
-    place = copy_store(device, store) if source == "store on the device" else store
+    on_device = source == "store on the device"
+    place = replace(store, pixels=copy_pixels(device, store.pixels)) if on_device else store
     assert_batches_equal(batches_on(device, crops, place, 8), numpy_batches(crops, store, 8), device)
 
 
 def test_a_small_store_is_copied_to_the_gpu_unchanged(cuda_only):
-    store = random_store(70, 20, 20)
-    there = store_on(cuda_only, store)
+    store = as_store(random_tiles(70, 20, 20))
+    there = store_on(cuda_only, store).pixels
     assert isinstance(there, torch.Tensor) and there.is_cuda
-    assert np.array_equal(there.cpu().numpy(), store)
+    assert np.array_equal(there.cpu().numpy(), store.pixels)
+
+
+def test_crops_of_tiles_of_several_sizes_are_mirrored_alike_on_cpu_and_device(device):
+    tiles = [np.random.default_rng(i).integers(0, 255, (*size, 4), np.uint8)
+             for i, size in enumerate(((70, 90), (48, 48), (30, 60), (17, 20)))]
+    store = as_store(tiles)
+    crops = training_crops([np.arange(103) % 4, np.array([], int)], 1, store.sizes, 48, seed=0, epoch=1)
+    there = replace(store, pixels=copy_pixels(device, store.pixels))
+    for batch, other in zip(batches_on(device, crops, there, 8), batches_on(torch.device("cpu"), crops, store, 8),
+                            strict=True):
+        assert torch.equal(batch.cpu(), other)
 
 
 def test_crops_of_a_store_of_9_gb_equal_those_that_numpy_cuts(device, record):
@@ -52,16 +67,17 @@ def test_crops_of_a_store_of_9_gb_equal_those_that_numpy_cuts(device, record):
     tile_bytes = side * side * 4
     edges = [edge // tile_bytes for edge in (2**31, 2**32, 2**33)] if device.type == "cuda" else [7, 20]
     filled = sorted({0, 1, *(row for edge in edges for row in (edge - 1, edge, edge + 1)), *range(tiles - 3, tiles)})
-    known = random_store(len(filled), side, side)
-    store = torch.empty((tiles, side, side, 4), dtype=torch.uint8, device=device)
+    known = random_tiles(len(filled), side, side)
+    pixels = torch.empty((tiles, side, side, 4), dtype=torch.uint8, device=device)
     for row, tile in zip(filled, known, strict=True):
-        store[row] = torch.from_numpy(tile).to(device)
+        pixels[row] = torch.from_numpy(tile).to(device)
+    store = Store(pixels.view(-1, 4), np.full((tiles, 2), side), np.zeros((tiles, 9), int))
     here = random_crops(np.arange(len(filled)), (side, side), size, count=4 * len(filled))
     corner = [np.append(values, [0, side - size]) for values in (here.top, here.left)]  # up to the last pixel
     here = Crops(np.append(here.rows, [len(filled) - 1] * 2), *corner, np.append(here.flip_vertical, [False, True]),
                  np.append(here.flip_horizontal, [False, True]), size)
     there = Crops(np.array(filled)[here.rows], here.top, here.left, here.flip_vertical, here.flip_horizontal, size)
-    assert_batches_equal(batches_on(device, there, store, 16), numpy_batches(here, known, 16), device)
+    assert_batches_equal(batches_on(device, there, store, 16), numpy_batches(here, as_store(known), 16), device)
     record("largest store that was gathered from", bytes_needed / 1e9, unit="GB")
 
 
@@ -69,9 +85,10 @@ MARKED, SIDE = 10_000, 32
 
 
 @pytest.fixture
-def marked() -> np.ndarray:
+def marked() -> Store:
     """A store in which every pixel of a tile is the tile's number."""
-    return np.repeat(np.arange(MARKED, dtype=np.uint32), SIDE * SIDE).view(np.uint8).reshape(MARKED, SIDE, SIDE, 4)
+    pixels = np.repeat(np.arange(MARKED, dtype=np.uint32), SIDE * SIDE).view(np.uint8).reshape(-1, 4)
+    return Store(pixels, np.full((MARKED, 2), SIDE), np.zeros((MARKED, 9), int))
 
 
 def arrived(batches, count: int, device: torch.device) -> torch.Tensor:

@@ -21,15 +21,15 @@ from gpu_helpers import (
     strides_that_matter,
     without_gradient,
 )
-from helpers import script
+from helpers import as_store, script
 from torch._dynamo.utils import counters
 
 from common.config import Config
 from common.config_files import apply_overrides, to_yaml
 from common.console import Progress
-from dataset import Statistics
+from common.statistics import Statistics
 from training import epochs
-from training.batches import batches_on, copy_store
+from training.batches import batches_on, store_on
 from training.learner import build_learner
 
 pytestmark = pytest.mark.gpu
@@ -154,15 +154,15 @@ def test_a_step_of_the_reports_setting_needs_less_than_the_6_gb_of_its_gpu(devic
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     side, batch_size, steps = config.data.crop, config.train.batch_size, 60 if is_cuda else 3
-    store = np.random.default_rng(0).integers(0, 256, (32, side + 20, side + 20, 4), np.uint8)
-    store[..., 3] %= 3
-    data = SimpleNamespace(store=copy_store(device, store),
+    tiles = np.random.default_rng(0).integers(0, 256, (32, side + 20, side + 20, 4), np.uint8)
+    tiles[..., 3] %= 3
+    data = SimpleNamespace(store=store_on(device, as_store(tiles)),
                            statistics=Statistics([0.7, 0.5, 0.7], [0.2, 0.2, 0.2], [0.3, 0.4, 0.3]))
     learner = build_learner(config, data.statistics)
     snapshots = [learner.take_snapshot(), learner.take_snapshot()]
 
     def seconds(batches: int, training: bool) -> float:
-        crops = random_crops(np.arange(32), store.shape[1:3], side, batches * batch_size)
+        crops = random_crops(np.arange(32), tiles.shape[1:3], side, batches * batch_size)
         if is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()

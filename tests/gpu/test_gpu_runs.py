@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_helpers import contents, largest_difference, learner_of, run_pass
-from helpers import REPOSITORY, script
+from helpers import REPOSITORY, arrays, script
 from PIL import Image
 
 import train
@@ -103,7 +103,7 @@ def test_bfloat16_predicts_what_float32_predicts(device, configured, record):
     learner, data = learner_of(config)
     run_pass(learner, data, config, 60)
     model = learner.model.eval().requires_grad_(False)
-    store = torch.from_numpy(np.array(training_set.prepare_data(configured(CPU)).store)).to(device)
+    store = torch.from_numpy(arrays(training_set.prepare_data(configured(CPU)).store)).to(device)
     exact, fast = (predictor_of(model, data.statistics, False, dtype, many=False).logits(store[..., :3]).argmax(1)
                    for dtype in (torch.float32, torch.bfloat16))
     record("60 steps: accuracy in float32", (exact == store[..., 3]).float().mean().item(), at_least=0.9)

@@ -13,7 +13,8 @@ from helpers import script
 from common.config import Model, Train
 from common.console import UserError
 from common.devices import has_bf16
-from dataset import SPLITS, Statistics
+from common.statistics import Statistics
+from dataset import SPLITS
 from evaluation.inference import Predictor
 from filtering.pipeline import filter_tiles
 from tools.benchmark import __main__ as benchmark
@@ -27,7 +28,7 @@ from tools.benchmark.network import (
     peer,
     plain_crops,
     plain_inference,
-    random_store,
+    random_tiles,
     trained_network,
     trainer,
 )
@@ -65,7 +66,7 @@ def test_the_plain_way_keeps_the_same_tiles_as_ours(tiles, tmp_path):
 
 
 def test_the_plain_way_predicts_the_same_as_ours():
-    model, images = trained_network(), random_store(2, 50)[..., :3].copy()
+    model, images = trained_network(), random_tiles(2, 50)[..., :3].copy()
     ours = Predictor.of(model, lambda pixels: normalise(pixels, STATISTICS), False).logits(torch.from_numpy(images))
     assert (torch.stack(plain.predict(model, images, 16, STATISTICS)()) == ours.argmax(1)).float().mean() > 0.999
 
@@ -84,13 +85,13 @@ def test_the_plain_way_trains_the_same_network_on_as_many_pixels(bf16):
 
 
 def test_the_plain_loader_gives_normalised_crops_of_the_tiles(tmp_path):
-    store = random_store(4, 20)
-    plain.NpzTiles.write(tmp_path, store)
+    tiles = random_tiles(4, 20)
+    plain.NpzTiles.write(tmp_path, tiles)
     data = plain.NpzTiles(tmp_path, 4, 20, Statistics([0.5] * 3, [0.25] * 3, [1.0]))
     image, target = data[2]  # as large as its tile, so that only flips are left
     upright = [(image.flip(axes), target.flip(axes)) for axes in ([], [-1], [-2], [-1, -2])]
-    expected = normalise(torch.from_numpy(store[2:3, ..., :3]), Statistics([0.5] * 3, [0.25] * 3, [1.0]))[0]
-    assert any(torch.allclose(a, expected) and (b.numpy() == store[2, ..., 3]).all() for a, b in upright)
+    expected = normalise(torch.from_numpy(tiles[2:3, ..., :3]), Statistics([0.5] * 3, [0.25] * 3, [1.0]))[0]
+    assert any(torch.allclose(a, expected) and (b.numpy() == tiles[2, ..., 3]).all() for a, b in upright)
     batches = list(plain.loader(plain.NpzTiles(tmp_path, 4, 8, STATISTICS), 3))
     assert [tuple(images.shape) for images, _ in batches] == [(3, 3, 8, 8), (1, 3, 8, 8)]
 

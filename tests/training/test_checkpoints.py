@@ -8,7 +8,7 @@ import torch
 from common.config import Config
 from common.config_files import apply_overrides
 from common.console import UserError
-from dataset import Statistics
+from common.statistics import Statistics
 from training import checkpoints
 
 CONFIG = apply_overrides(Config(name="x"), ["model.widths=[2, 4]", "data.crop=16"])

@@ -14,7 +14,7 @@ from common.console import Progress, UserError
 from common.randomness import torch_seed
 from losses import make_loss
 from training import epochs
-from training.batches import copy_store
+from training.batches import copy_pixels
 from training.crops import draw_folds, training_crops, validation_crops
 from training.learner import build_learner
 from training.training_set import prepare_data
@@ -60,7 +60,7 @@ def test_folds_start_from_one_snapshot_and_the_lowest_finite_loss_survives(tiny,
 def plain_epoch(config, data, epoch):
     """The method without concern for speed: copies of whole state dicts, NumPy crops, the loss read at each step."""
     learner = build_learner(config, data.statistics)
-    model, keys = learner.model, (data.store.shape[1:3], config.data.crop, config.seed, epoch)
+    model, keys = learner.model, (data.store.sizes, config.data.crop, config.seed, epoch)
     loss_of = make_loss(config.loss.name, torch.tensor(data.statistics.frequencies))
     plan, folds = config.train, [data.rows[fold] for fold in draw_folds(
         data.groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch)]
@@ -109,7 +109,8 @@ def test_an_epoch_equals_the_plain_one_bit_for_bit(tiny, settings):
 
 def test_an_epoch_is_the_same_with_the_store_on_the_device(tiny):
     data, results = prepare_data(tiny), []
-    for store in (data.store, copy_store(torch.device("cpu"), data.store)):
+    on_device = replace(data.store, pixels=copy_pixels(torch.device("cpu"), data.store.pixels))
+    for store in (data.store, on_device):
         learner = build_learner(tiny, data.statistics)
         results.append((epochs.run_epoch(learner, replace(data, store=store), tiny, 1), learner.state))
     assert_equal(*results)
@@ -119,7 +120,7 @@ def test_the_mean_loss_is_over_images_and_not_over_batches(tiny):
     data = prepare_data(tiny)
     learner = build_learner(tiny, data.statistics)
     folds = [data.rows[fold] for fold in draw_folds(data.groups, 2, 14, 0, 1)]
-    crops = validation_crops(folds, 0, data.store.shape[1:3], 16, 0, 1)
+    crops = validation_crops(folds, 0, data.store.sizes, 16, 0, 1)
     with Progress("", 1) as progress:
         losses = [epochs.run_pass(learner, data, crops, size, False, progress) for size in (7, 3, 1)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)

@@ -11,7 +11,7 @@ from training.training_set import prepare_data, warn_about_repeats
 
 
 def test_statistics_are_those_of_the_training_tiles(tiny, tiles_root):
-    tiles = read_tiles(tiles_root)
+    tiles = read_tiles(tiny.data)
     for tile in tiles:
         if tile.split == "test":
             Image.new("RGB", (40, 48), "white").save(tiles_root / tile.image)
@@ -26,9 +26,13 @@ def test_a_list_without_test_tiles_is_rejected(tiny, tiles_root):
         prepare_data(tiny)
 
 
-def test_a_crop_that_is_larger_than_the_tiles_is_rejected_with_the_largest_possible_one(tiny):
-    with pytest.raises(UserError, match=r"data\.crop \(48\).*48 x 40.*data\.crop=40"):
-        prepare_data(apply_overrides(tiny, ["data.crop=48"]))
+def test_tiles_smaller_than_the_crop_are_said_once_with_the_crop_that_suits_all(tiny, capsys):
+    prepare_data(tiny)
+    assert "smaller" not in capsys.readouterr().err
+    prepare_data(apply_overrides(tiny, ["data.crop=48"]))
+    warning = capsys.readouterr().err
+    assert "data.crop=48 on a side: 10 of 10." in warning and "data.crop=40" in warning
+    assert warning.count("smaller") == 1
 
 
 def test_a_fold_that_repeats_its_tiles_often_gives_a_warning(tiny, capsys):

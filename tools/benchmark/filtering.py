@@ -15,7 +15,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from common.config import Config, Data, Filter
-from dataset import Tile, find_pairs, read_pair
+from common.store import read_pair
+from dataset import Tile, find_pairs
 from filtering import pipeline
 from filtering.audit import find_glass, inverted_grey
 from tools.benchmark.race import Lap, Race, Setting, alone, plain_row
@@ -55,7 +56,7 @@ def with_tissue(root: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return images and annotated tissue of the first tiles that pass the 1 % rule."""
     pairs = []
     for tile in demo_tiles(root):
-        image, mask = read_pair(root, tile, MASK_VALUES)
+        image, mask = read_pair(tile.pair, Data(root=str(root)))
         if np.mean(mask > 0) >= REPORT.min_foreground:
             pairs.append((image, mask > 0))
         if len(pairs) == count:
@@ -64,7 +65,7 @@ def with_tissue(root: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def demo_tiles(root: Path) -> list[Tile]:
-    return find_pairs(root, Data.images, Data.masks)
+    return find_pairs(Data(root=str(root)))
 
 
 def multiply(root: Path, out: Path, count: int) -> Config:

@@ -17,7 +17,8 @@ from torch import nn
 
 from common.config import Config, Model, Train
 from common.devices import choose_precision
-from dataset import Statistics
+from common.statistics import Statistics
+from common.store import Store
 from evaluation.candidates import Candidate, predictor_of
 from evaluation.scoring import tiles_at_once
 from tools.benchmark import plain
@@ -36,11 +37,16 @@ SNAPSHOTS = 10  # in each lap
 PEERS = {"monai": "monai", "smp": "segmentation_models_pytorch"}
 
 
-def random_store(count: int, size: int = TILE) -> np.ndarray:
-    """Return a store (count, size, size, 4) uint8 of noise, which cannot be compressed."""
-    store = np.random.default_rng(0).integers(0, 256, (count, size, size, 4), np.uint8)
-    store[..., 3] %= CLASSES
-    return store
+def random_tiles(count: int, size: int = TILE) -> np.ndarray:
+    """Return tiles (count, size, size, 4) uint8 of noise, which cannot be compressed."""
+    tiles = np.random.default_rng(0).integers(0, 256, (count, size, size, 4), np.uint8)
+    tiles[..., 3] %= CLASSES
+    return tiles
+
+
+def store_of(tiles: np.ndarray) -> Store:
+    """Return tiles (N, H, W, 4) of one size as a store without sums."""
+    return Store(tiles.reshape(-1, 4), np.full((len(tiles), 2), tiles.shape[1:3]), np.zeros((len(tiles), 6 + CLASSES)))
 
 
 def batch_size(setting: Setting) -> int:
@@ -63,9 +69,9 @@ def trainer(device: str, batch: int, steps: int, size: int = CROP, widths: tuple
     """Return a function that trains our network for `steps` steps as train.py does."""
     config = Config(device=device, model=Model(widths=widths), train=Train(compile=compiled))
     learner = build_learner(config, STATISTICS)
-    store = store_on(learner.device, random_store(16, max(size, TILE)))
+    store = store_on(learner.device, store_of(random_tiles(16, max(size, TILE))))
     rows = [np.arange(batch * steps) % len(store), np.array([], int)]
-    crops = training_crops(rows, 1, store.shape[1:3], size, 0, 1)
+    crops = training_crops(rows, 1, store.sizes, size, 0, 1)
     data = training_set.TrainingSet(store, rows[0], [""], STATISTICS, "")
     return partial(epochs.run_pass, learner, data, crops, batch, True, SILENT)
 
@@ -124,7 +130,7 @@ def our_inference(setting: Setting, many: bool = False, compiled: bool = False, 
     device, count = torch.device(setting.device), tiles_of_a_lap(setting)
     model = trained_network().to(device, memory_format=torch.channels_last)
     dtype = choose_precision(precision, device)
-    images = torch.from_numpy(random_store(count)[..., :3].copy())
+    images = torch.from_numpy(random_tiles(count)[..., :3].copy())
 
     def candidate(compiled: bool) -> Candidate:
         return Candidate("ours", Config(), Path(), device, "", predictor_of(model, STATISTICS, False, dtype, compiled),
@@ -140,7 +146,7 @@ def our_inference(setting: Setting, many: bool = False, compiled: bool = False, 
 def plain_inference(setting: Setting, network: str = "") -> Lap:
     count = tiles_of_a_lap(setting)
     model = (peer(network) if network else trained_network()).to(setting.device)
-    run = plain.predict(model, random_store(count)[..., :3], 32 if network else UNet().multiple, STATISTICS)
+    run = plain.predict(model, random_tiles(count)[..., :3], 32 if network else UNet().multiple, STATISTICS)
     return Lap(run, count, {"work": work_of(run)})
 
 
@@ -148,15 +154,16 @@ def plain_inference(setting: Setting, network: str = "") -> Lap:
 
 def random_crops(count: int, tiles: int, size: int = TILE) -> Crops:
     rows = [np.arange(count) % tiles, np.array([], int)]
-    return training_crops(rows, 1, (size, size), CROP, 0, 1)
+    return training_crops(rows, 1, np.full((tiles, 2), size), CROP, 0, 1)
 
 
 def our_crops(setting: Setting, normalised: bool = False) -> Lap:
     """Cut crops from the memory-mapped store as uint8, which is the CPU's part of the work when a GPU trains."""
     tiles, count = 32, 3200
     folder = tempfile.TemporaryDirectory()
-    store = np.memmap(Path(folder.name) / "tiles.u8", np.uint8, "w+", shape=(tiles, TILE, TILE, 4))
-    store[:] = random_store(tiles)
+    pixels = np.memmap(Path(folder.name) / "tiles.u8", np.uint8, "w+", shape=(tiles, TILE, TILE, 4))
+    pixels[:] = random_tiles(tiles)
+    store = store_of(pixels)
     crops = random_crops(count, tiles)
 
     def run() -> int:
@@ -172,7 +179,7 @@ def our_crops(setting: Setting, normalised: bool = False) -> Lap:
 def plain_crops(setting: Setting) -> Lap:
     count = 64
     folder = tempfile.TemporaryDirectory()
-    plain.NpzTiles.write(Path(folder.name), random_store(count))
+    plain.NpzTiles.write(Path(folder.name), random_tiles(count))
     loader = plain.loader(plain.NpzTiles(Path(folder.name), count, CROP, STATISTICS), Train.batch_size)
 
     def run() -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import Statistics
+from common.statistics import Statistics
 from losses import LOSSES
 
 

@@ -16,7 +16,7 @@ import torch
 from common.config import Config, Model, Train
 from common.console import Progress
 from common.devices import peak_memory_mb
-from tools.benchmark.network import STATISTICS, random_crops, random_store, trainer
+from tools.benchmark.network import STATISTICS, random_crops, random_tiles, store_of, trainer
 from tools.benchmark.race import Setting, in_new_process, plain_row
 from training import epochs, training_set
 from training.batches import batches_on, store_on
@@ -57,10 +57,10 @@ def step_row(setting: Setting, size: int, batch: int, widths: tuple[int, ...]) -
 def crops_row(setting: Setting, tiles: int) -> dict:
     """Measure the time per crop in ms, in a store of `tiles` tiles."""
     device = torch.device(setting.device)
-    store, crops = store_on(device, random_store(tiles)), random_crops(1600, tiles)
+    store, crops = store_on(device, store_of(random_tiles(tiles))), random_crops(1600, tiles)
     seconds = timed(lambda: [None for _ in batches_on(device, crops, store, Train.batch_size)], setting, 3)
     return plain_row(1000 * seconds / len(crops), None, "ms a crop", tiles=tiles,
-                     where="GPU" if isinstance(store, torch.Tensor) and device.type == "cuda" else "memory")
+                     where="GPU" if isinstance(store.pixels, torch.Tensor) and device.type == "cuda" else "memory")
 
 
 def scaling(setting: Setting) -> Iterator[dict]:
@@ -80,7 +80,7 @@ def epoch(setting: Setting, plan: Train, model: Model, tiles: int) -> dict:
     """Measure the time of an epoch of train.py in s; the first epoch, which compiles, does not count."""
     config = Config(device=setting.device, model=model, train=replace(plan, compile=setting.device == "cuda"))
     learner = build_learner(config, STATISTICS)
-    store = store_on(learner.device, random_store(tiles))
+    store = store_on(learner.device, store_of(random_tiles(tiles)))
     data = training_set.TrainingSet(store, np.arange(tiles), [""] * tiles, STATISTICS, "")
     numbers = itertools.count(1)
     seconds = timed(lambda: epochs.run_epoch(learner, data, config, next(numbers)), setting, 1 if setting.quick else 3)
