@@ -260,11 +260,11 @@ def border_numbers(run: MeasuredRun) -> dict:
         near = np.array(DISTANCES) < NEAR
         crop_pixels = samples @ border.crop_pixels                                   # (1 + R, D)
         pixels = crop_pixels[:, near].sum(1)                                         # (1 + R,)
-        right_alone, right_within = alone[:, near].sum(1), within[:, near].sum(1)
+        with np.errstate(invalid="ignore"):  # a sample of slides may lack tiles that are large enough
+            share_alone, share_within = (right[:, near].sum(1) / pixels for right in (alone, within))
         numbers["crop"] = {
-            "size": border.crop, "nearer_than_px": NEAR, "alone": _interval(right_alone / pixels, count),
-            "within": _interval(right_within / pixels, count),
-            "difference": _interval((right_alone - right_within) / pixels, count),
+            "size": border.crop, "nearer_than_px": NEAR, "alone": _interval(share_alone, count),
+            "within": _interval(share_within, count), "difference": _interval(share_alone - share_within, count),
             "difference_by_distance": _by_distance(alone - within, crop_pixels, count)}
     return numbers
 

@@ -28,7 +28,7 @@ class Palette:
     """The palette of a mask."""
 
     mask: str
-    colours: tuple[int, ...]  # the code of each index
+    colours: tuple[int, ...]  # the code of each index, without black ones at the end that no pixel has
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMa
             used = {i: checked.palette[i] for i in checked.codes if i < len(checked.palette)}
             contradicts = any(colours.setdefault(i, colour) != colour for i, colour in used.items())
             if used and (not palettes or (contradicts and len(palettes) < 2)):
-                palettes.append(Palette(tile.mask, checked.palette))
+                last = max(i for i, colour in enumerate(checked.palette) if i in used or colour != COLOUR)
+                palettes.append(Palette(tile.mask, checked.palette[:last + 1]))
             if checked.problem:
                 tile = replace(tile, proposed="corrupt", reason=checked.problem)
                 unknown += [i] if checked.size else []
@@ -169,8 +170,7 @@ def _by_colour(counts: Counter[int]) -> Counter[int]:
 
 def describe_palette(palette: Palette) -> str:
     """Say which colour each index of a palette has."""
-    last = max((i for i, colour in enumerate(palette.colours) if colour != COLOUR), default=0)
-    colours = [f"{i} = {name_of(colour)}" for i, colour in enumerate(palette.colours[:max(last + 1, 1)])]
+    colours = [f"{i} = {name_of(colour)}" for i, colour in enumerate(palette.colours)]
     return (f"The palette of {palette.mask}: {', '.join(colours[:SHOWN])}"
             + (f", … ({len(colours)} colours)" if len(colours) > SHOWN else ""))
 

@@ -9,6 +9,7 @@ import torch
 from monai.losses import DiceLoss
 
 from common.config import Loss
+from common.masks import IGNORE
 from losses import LOSSES, class_weights, cross_entropy, make_loss, soft_dice
 
 SHAPE = (2, 3, 5, 4)
@@ -26,21 +27,26 @@ def sample(seed=0, target=None):
 
 
 def plain_loop(name, logits, target, weights=(1, 1, 1)):
-    """Equations 2, 3, 6, 7 and 12 with correct signs, as loops over tiles, pixels and classes in float64."""
+    """Equations 2, 3, 6, 7 and 12 with correct signs, as loops over labelled pixels and classes in float64."""
     logits, target = logits.double().numpy(), target.numpy()
+    labelled, tiles = (target != IGNORE).sum(), (target != IGNORE).any((1, 2)).sum()
     ce = score = 0.0
+    if not labelled:
+        return 0.0
     for b in range(SHAPE[0]):
         overlap, truth, predicted = np.zeros(3), np.zeros(3), np.zeros(3)
         for i in range(SHAPE[2]):
             for j in range(SHAPE[3]):
+                c = target[b, i, j]
+                if c == IGNORE:
+                    continue
                 e = np.exp(logits[b, :, i, j] - logits[b, :, i, j].max())
                 p = e / e.sum()
-                c = target[b, i, j]
-                ce -= weights[c] * np.log(p[c]) / (SHAPE[0] * SHAPE[2] * SHAPE[3])
+                ce -= weights[c] * np.log(p[c]) / labelled
                 overlap[c] += p[c]
                 truth[c] += 1
                 predicted += p
-        score += np.mean(2 * overlap / (truth + predicted)) / SHAPE[0]
+        score += np.mean(2 * overlap / (truth + predicted)) / tiles if truth.any() else 0
     return {"ce": ce, "wce": ce, "dice": -score, "dice_ce": ce - score, "log_dice_ce": ce - np.log(score)}[name]
 
 
@@ -54,9 +60,39 @@ def test_losses_equal_the_plain_loop(name, seed):
         plain_loop(name, logits, target, weights), rel=1e-5)
 
 
+def with_ignored(target, what):
+    """Ignore some pixels, a whole tile and some pixels, or all."""
+    target = target.clone()
+    target[:, 1:3, ::2] = IGNORE
+    if what != "pixels":
+        target[1 if what == "a tile" else slice(None)] = IGNORE
+    return target
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("what", ["pixels", "a tile", "all"])
+def test_ignored_pixels_have_no_loss_and_a_gradient_of_exactly_0(name, what):
+    logits, target = sample(5)
+    target, frequencies = with_ignored(target, what), torch.tensor([0.525, 0.275, 0.2])
+    weights = class_weights(frequencies).tolist() if name == "wce" else (1, 1, 1)
+    values, gradients = [], []
+    for scale in (1, -50, 1e4):  # of the logits of ignored pixels
+        changed = torch.where(target[:, None] == IGNORE, scale * logits, logits).requires_grad_()
+        loss = make_loss(name, frequencies)(changed, target)
+        loss.backward()
+        values.append(loss.item())
+        gradients.append(changed.grad)
+    assert values[0] == pytest.approx(plain_loop(name, logits, target, weights), rel=1e-5)
+    assert values[0] == values[1] == values[2]
+    for gradient in gradients:
+        assert torch.equal(gradient, gradients[0])
+        assert (gradient.movedim(1, -1)[target == IGNORE] == 0).all()
+    assert bool((gradients[0] != 0).any()) == (what != "all")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_finite_differences(name):
-    logits, target = sample(4, target=torch.randint(0, 2, (2, 5, 4)))  # class 2 is absent
+    logits, target = sample(4, target=with_ignored(torch.arange(40).reshape(2, 5, 4) % 7 % 2, "pixels"))  # no class 2
     frequencies = torch.tensor([0.5, 0.3, 0.2])
     weights = class_weights(frequencies).tolist() if name == "wce" else (1, 1, 1)
     logits.requires_grad_()

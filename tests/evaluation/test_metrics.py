@@ -19,6 +19,7 @@ from sklearn.metrics import (
 )
 
 from common import bootstrap
+from common.masks import IGNORE
 from evaluation import metrics
 
 SHAPES = [(7, 5), (1, 1), (2, 9), (24, 31), (40, 40)]
@@ -121,6 +122,75 @@ def brute_force_surfaces(a, b, tolerance):
     near = (there <= tolerance).sum() + (back <= tolerance).sum()
     return [max(there.max(), back.max()), max(np.percentile(there, 95), np.percentile(back, 95)),
             near / (len(there) + len(back))]
+
+
+def ignoring(target, seed, shape):
+    """Ignore a block, some pixels, both, or nothing."""
+    random, target = np.random.default_rng(seed + 1000), target.copy()
+    if seed % 4 in (0, 1):
+        target[: random.integers(1, shape[0] + 1), : random.integers(1, shape[1] + 1)] = IGNORE
+    if seed % 4 in (1, 2):
+        target[random.random(shape) < 0.2] = IGNORE
+    return target
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ignored_pixels_are_in_no_count(shape):
+    pairs = [random_masks(seed, shape) for seed in range(40)]
+    pairs = [(ignoring(target, seed, shape), prediction) for seed, (target, prediction) in enumerate(pairs)]
+    target, prediction = (torch.tensor(np.stack(side)).long() for side in zip(*pairs, strict=True))
+    logits = torch.randn(len(pairs), 3, *shape, generator=torch.Generator().manual_seed(1))
+    counts, bins = metrics.confusion(prediction, target, 3), metrics.calibration(logits, target)
+    for i, (truth, guess) in enumerate(pairs):
+        here = truth != IGNORE
+        assert (counts[i].numpy() == confusion_matrix([*truth[here], 0], [*guess[here], 0], labels=[0, 1, 2])
+                - np.diag([1, 0, 0])).all()
+        if here.any():  # the labelled pixels alone, as a tile of one row
+            alone = metrics.calibration(logits[i][:, torch.tensor(here)][None, :, None], target[i][here][None, None])
+            assert torch.allclose(bins[i], alone[0], rtol=1e-6)
+        else:
+            assert not bins[i].any()
+
+
+def labelled_edge(mask, labelled):
+    """The pixels of a mask with a labelled neighbour outside it, or with none because the tile ends."""
+    rows, columns = mask.shape
+    return [(y, x) for y, x in np.argwhere(mask & labelled) if any(
+        not (0 <= y + dy < rows and 0 <= x + dx < columns)
+        or (labelled[y + dy, x + dx] and not mask[y + dy, x + dx]) for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)))]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_outline_against_ignored_pixels_is_no_outline(shape):
+    seen = set()
+    for seed in range(120):
+        target, prediction = random_masks(seed, shape)
+        target = ignoring(target, seed, shape)
+        scores, labelled = metrics.surfaces(prediction, target, 3, tolerance=2), target != IGNORE
+        for k in range(3):
+            edges = [labelled_edge(labels == k, labelled) for labels in (target, prediction)]
+            seen.add(tuple(map(bool, edges)))
+            if all(edges):
+                distances = cdist(*edges)
+                there, back = distances.min(1), distances.min(0)
+                near = (there <= 2).sum() + (back <= 2).sum()
+                assert scores[k].tolist() == pytest.approx(
+                    [max(there.max(), back.max()), max(np.percentile(there, 95), np.percentile(back, 95)),
+                     near / (len(there) + len(back))], abs=1e-6)
+            elif any(edges):
+                assert scores[k].tolist() == [math.hypot(*shape), math.hypot(*shape), 0]
+            else:
+                assert np.isnan(scores[k]).all()
+    assert len(seen) == 4
+
+
+def test_a_class_that_only_ignored_pixels_surround_has_no_surface_score():
+    target = np.full((9, 9), IGNORE, np.uint8)
+    target[3:6, 3:6] = 1
+    assert np.isnan(metrics.surfaces(np.ones((9, 9), np.uint8), target, 2, 1)).all()
+    prediction = np.ones((9, 9), np.uint8)
+    prediction[4, 4] = 0  # an outline where the truth has none
+    assert metrics.surfaces(prediction, target, 2, 1)[1].tolist() == [math.hypot(9, 9)] * 2 + [0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,81 @@
+"""common/patterns.py: which files fit a pattern, their keys and groups."""
+
+import pytest
+
+from common.config import Data
+from common.console import UserError
+from common.patterns import fill, find_files
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def keys(root, pattern, skip=()):
+    return {found.path: found.key for found in find_files(root, pattern, skip)[0]}
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [
+    ("{key}.png", {"a.png": "a", "b.PNG": "b", "c.tif": "c"}),
+    ("{key}.jpg", {"a.png": "a", "b.PNG": "b", "c.tif": "c"}),
+    ("{key}.*", {"a.png": "a", "b.PNG": "b", "c.tif": "c"}),
+    ("{key}.txt", {"notes.txt": "notes"}),
+    ("*/{key}.png", {"s 1/a.png": "s 1-a", "s2/a.jpeg": "s2-a", "deep/a.png": "deep-a"}),
+    ("{group}/{key}.png", {"s 1/a.png": "s 1-a", "s2/a.jpeg": "s2-a", "deep/a.png": "deep-a"}),
+    ("s*/{key}.png", {"s 1/a.png": " 1-a", "s2/a.jpeg": "2-a"}),
+    ("**/{key}.png", {"a.png": "a", "b.PNG": "b", "c.tif": "c", "s 1/a.png": "s 1-a", "s2/a.jpeg": "s2-a",
+                      "deep/x/y/a.png": "deep-x-y-a", "deep/a.png": "deep-a"}),
+    ("deep/**/{key}.png", {"deep/a.png": "a", "deep/x/y/a.png": "x-y-a"}),
+    ("**/y/{key}.png", {"deep/x/y/a.png": "deep-x-a"}),
+    ("{key}/*.png", {"s 1/a.png": "s 1", "s2/a.jpeg": "s2", "deep/a.png": "deep"}),
+    ("deep/{key}/y/*.png", {"deep/x/y/a.png": "x"}),
+])
+def test_keys_join_folders_and_names(tmp_path, pattern, expected):
+    touch(tmp_path, "a.png", "b.PNG", "c.tif", ".hidden.png", "notes.txt", "s 1/a.png", "s2/a.jpeg", "deep/x/y/a.png",
+          "deep/a.png", ".cache/a.png", "filter/histograms.png")
+    assert keys(tmp_path, pattern, skip=["filter"]) == expected
+
+
+def test_the_group_is_a_folder_or_a_part_of_a_name(tmp_path):
+    touch(tmp_path, "P07/x/t_1.png", "P08/y/t_1.png", "P07_a_3.png")
+    found, _ = find_files(tmp_path, "{group}/*/{key}.png")
+    assert [(file.key, file.group) for file in found] == [("P07-x-t_1", "P07"), ("P08-y-t_1", "P08")]
+    found, _ = find_files(tmp_path, "{group}_{key}.png")
+    assert [(file.key, file.group) for file in found] == [("P07_a-3", "P07_a")]
+
+
+def test_a_wildcard_in_the_name_of_a_file_is_not_part_of_the_key(tmp_path):
+    touch(tmp_path, "a_x=1.png", "b_x=22.png")
+    assert keys(tmp_path, "{key}_x=*.png") == {"a_x=1.png": "a", "b_x=22.png": "b"}
+
+
+def test_pictures_that_do_not_fit_are_told(tmp_path):
+    touch(tmp_path, "x/frame#1.png", "x/Frame#2.png", "x/frame3.TIF", "x/notes.txt", "y/frame#4.png")
+    found, others = find_files(tmp_path, "x/frame#{key}.png")
+    assert [file.key for file in found] == ["1"] and others == ["x/Frame#2.png", "x/frame3.TIF"]
+
+
+def test_links_to_folders_do_not_lead_in_circles(tmp_path):
+    touch(tmp_path, "s/a.png")
+    (tmp_path / "s/round").symlink_to(tmp_path / "s", target_is_directory=True)
+    assert keys(tmp_path, "**/{key}.png") == {"s/a.png": "s-a"}
+
+
+def test_a_missing_partner_is_named_where_it_is_expected(tmp_path):
+    touch(tmp_path, "P07/a/img/t1.png")
+    found, = find_files(tmp_path, "{group}/*/img/{key}.png")[0]
+    assert fill("{group}/*/mask/{key}_mask.png", found) == "P07/a/mask/t1_mask.png"
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"images": "*/{key}.png"}, "same wildcards"), ({"images": "{group}/{key}.png"}, "same wildcards"),
+    ({"images": "{group}/{key}.png", "masks": "{group}/{key}_m.png", "group": "x"}, "leave out one"),
+    ({"images": "a**/{key}.png"}, r"\*\* only in place of a whole folder"),
+    ({"images": "{key}.png/**"}, "whole folder"),
+    ({"images": "{group}/{group}/{key}.png"}, "{group} once"), ({"images": "x/{key}/{key}.png"}, "exactly once"),
+])
+def test_patterns_that_cannot_work_are_rejected(settings, expected):
+    with pytest.raises(UserError, match=expected):
+        Data(**settings)
