@@ -31,7 +31,7 @@ from dataset import (
     write_tiles,
 )
 from filtering import manual_edits, report
-from filtering.pipeline import FilterResult, describe_palette, filter_tiles
+from filtering.pipeline import FilterResult, filter_tiles
 
 
 def main() -> None:
@@ -80,10 +80,9 @@ def _contents(path: Path) -> bytes:
 def announce(surveyed: FilterResult, config: Config) -> None:
     """Print what lies in the folder, before the images are judged."""
     print(report.preflight(surveyed, config), flush=True)
-    if surveyed.other_palette:
-        first, other = surveyed.palette, surveyed.other_palette
-        warn(f"the palettes of masks differ, so an index may mean different classes. {describe_palette(first)}. "
-             f"{describe_palette(other)}. To read the colours instead, set data.colours")
+    if surveyed.contradiction:
+        warn(f"the palettes of masks differ, so an index may mean different classes: {surveyed.contradiction}. To read "
+             "the colours instead, set data.colours")
     if groups_are_missing(surveyed.tiles):
         reason = "finds another group in every key" if config.data.group else "is not set"
         warn(f"data.group {reason}, so every tile is split on its own. Tiles of one slide or patient can be in both "

@@ -29,7 +29,7 @@ class MaskFile:
     """What a mask's file holds."""
 
     codes: np.ndarray  # (H, W), uint8 if all are values, else int32
-    palette: tuple[int, ...] = ()  # the colours' codes by index
+    palette: tuple[int, ...] = ()  # the colour of each of 256 indices, if the codes are indices
 
 
 def read_mask(path: Path, data: Data) -> np.ndarray:
@@ -51,21 +51,19 @@ def read_mask_file(path: Path, data: Data) -> MaskFile:
     if changes_values and data.threshold is None:
         raise UserError(f"{path}: {picture.format} may change the values of a mask; save masks as PNG"
                         + (", or set data.threshold" if len(data.classes) == 2 else ""))
-    palette = ()
     if picture.mode == "P":
         colours = np.zeros((256, 3), np.int32)
         own = np.array(picture.getpalette("RGB"), np.int32).reshape(-1, 3)
         colours[:len(own)] = own
-        palette = tuple(_colour_codes(own).tolist())
         if not data.palettes_by_colour:
-            return MaskFile(np.asarray(picture), palette)
+            return MaskFile(np.asarray(picture), tuple(_colour_codes(colours).tolist()))
         pixels = colours[np.asarray(picture)]
     else:
         pixels = _plain_pixels(path, picture)
     is_grey = pixels.ndim == 2 or (pixels == pixels[..., :1]).all()
     if is_grey and not data.colours:
-        return MaskFile(np.ascontiguousarray(pixels if pixels.ndim == 2 else pixels[..., 0]).astype(np.uint8), palette)
-    return MaskFile(_colour_codes(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, -1)), palette)
+        return MaskFile(np.ascontiguousarray(pixels if pixels.ndim == 2 else pixels[..., 0]).astype(np.uint8))
+    return MaskFile(_colour_codes(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, -1)))
 
 
 def _plain_pixels(path: Path, picture: Image.Image) -> np.ndarray:

@@ -54,8 +54,8 @@ def ignored_patch() -> Patch:
 
 
 def hatch(area: np.ndarray) -> np.ndarray:
-    """Return (H, W) bool: the pixels of diagonal lines inside an area (H, W) bool, about 40 across its longer side."""
-    step = max(4, round(max(area.shape) / 40))
+    """Return (H, W) bool: the pixels of diagonal lines inside an area (H, W) bool, about 24 across its longer side."""
+    step = max(4, round(max(area.shape) / 24))
     rows, columns = (np.arange(length) for length in area.shape)
     return area & (np.add.outer(rows, columns) % step < max(1, step // 4))
 

@@ -33,8 +33,9 @@ def tiles(rows: Sequence[tuple], names: Sequence[str], classes: Sequence[str]) -
     A row is (key, why it is shown, image (H, W, 3), target (H, W), [(caption, prediction (H, W)) of each name]).
     """
     titles = ["image", "truth", *([*names, "errors"] if len(names) == 1 else names)]
-    figure = Figure(figsize=(2.6 * len(titles), 2.75 * len(rows) + 0.7), dpi=120, layout="constrained")
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    heights = [2.6 * target.shape[0] / target.shape[1] + 0.15 for _, _, _, target, _ in rows]  # inches
+    figure = Figure(figsize=(2.6 * len(titles), sum(heights) + 0.7), dpi=120, layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
     for number, (axes, (key, why, image, target, predictions)) in enumerate(zip(grid, rows, strict=True)):
         panels = [("", image), ("", colour_mask(target, len(classes))),
                   *((caption, colour_mask(prediction, len(classes))) for caption, prediction in predictions)]

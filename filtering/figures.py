@@ -30,12 +30,11 @@ def annotated(image: np.ndarray, mask: np.ndarray, glass: np.ndarray, classes: i
     height, width = (length // step * step for length in mask.shape)
     squares = tinted[:height, :width].reshape(height // step, step, width // step, step, 3)
     thumbnail = squares.mean((1, 3)).astype(np.uint8)
-    hatched = hatch(mask[:height:step, :width:step] == IGNORE)
-    labels = np.where(ignored, 0, mask)[:height:step, :width:step]
-    highest = maximum_filter(labels, 3)
-    edge = highest != minimum_filter(labels, 3)
+    labels, ignored = (values[:height:step, :width:step] for values in (mask, ignored))
+    highest = maximum_filter(np.where(ignored, 0, labels), 3)
+    edge = ~ignored & (highest != minimum_filter(labels, 3))  # IGNORE is above every class
     thumbnail[edge] = class_colours(classes)[highest[edge]]
-    thumbnail[hatched] = rgb(IGNORED)
+    thumbnail[hatch(ignored)] = rgb(IGNORED)
     return thumbnail
 
 
@@ -43,9 +42,10 @@ def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: 
                   has_ignored: bool = False) -> Figure:
     """Draw (caption, thumbnail (h, w, 3) uint8) in rows of six, like figures 2 to 4 of the report."""
     columns = min(6, len(cells))
-    rows = -(-len(cells) // columns)
-    figure = Figure(figsize=(max(2.1 * columns, 8.4), 2.45 * rows + 1.1), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    shapes = [thumbnail.shape[0] / thumbnail.shape[1] for _, thumbnail in cells]
+    heights = [2.1 * max(shapes[i:i + columns]) + 0.35 for i in range(0, len(cells), columns)]  # inches
+    figure = Figure(figsize=(max(2.1 * columns, 8.4), sum(heights) + 1.1), dpi=120, layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, (caption, thumbnail) in zip(axes, cells, strict=False):

@@ -24,14 +24,6 @@ MOST_CODES = 256  # that are kept of one mask: a photograph has many thousands
 
 
 @dataclass(frozen=True)
-class Palette:
-    """The palette of a mask."""
-
-    mask: str
-    colours: tuple[int, ...]  # the code of each index, without black ones at the end that no pixel has
-
-
-@dataclass(frozen=True)
 class FilterResult:
     """All tiles with their verdicts, and what the masks hold."""
 
@@ -39,8 +31,8 @@ class FilterResult:
     sizes: np.ndarray  # (N, 2) height and width; zeros for a tile that cannot be read
     pixels: np.ndarray  # (N, K) of each class; zeros once a tile is known to be corrupt
     codes: Counter[int]  # pixels of each code (common/masks.py) in all masks
-    palette: Palette | None = None  # of the first mask that has one
-    other_palette: Palette | None = None  # one that gives an index of the first another colour
+    palette: dict[int, int] = field(default_factory=dict)  # the colour of each index that masks use
+    contradiction: str = ""  # an index to which two masks give different colours
     copies: list[list[str]] = field(default_factory=list)  # keys that show the same image
 
     @property
@@ -80,17 +72,18 @@ def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMa
     data, surveyed, unknown = config.data, [], []
     pixels, sizes = np.zeros((len(tiles), len(data.classes)), np.int64), np.zeros((len(tiles), 2), np.int64)
     totals, masks = Counter(), Counter()  # of each code: pixels, masks that hold it
-    palettes, colours = [], {}  # the first palette and one that contradicts it; the colour of each index
+    palette: dict[int, tuple[int, str]] = {}  # of each index: its colour, and the first mask that uses it
+    contradiction = ""
     with Progress("check masks", len(tiles), "tile") as progress:
         for i, (tile, checked) in enumerate(zip(tiles, parallel_map(partial(check_mask, data), tiles), strict=True)):
             totals.update(checked.codes)
             masks.update(checked.codes.keys())
             sizes[i] = checked.size or 0
-            used = {i: checked.palette[i] for i in checked.codes if i < len(checked.palette)}
-            contradicts = any(colours.setdefault(i, colour) != colour for i, colour in used.items())
-            if used and (not palettes or (contradicts and len(palettes) < 2)):
-                last = max(i for i, colour in enumerate(checked.palette) if i in used or colour != COLOUR)
-                palettes.append(Palette(tile.mask, checked.palette[:last + 1]))
+            for index in sorted(checked.codes) if checked.palette else ():
+                colour, first = palette.setdefault(index, (checked.palette[index], tile.mask))
+                if colour != checked.palette[index] and not contradiction:
+                    contradiction = (f"{index} is {name_of(colour)} in {first}, but {name_of(checked.palette[index])} "
+                                     f"in {tile.mask}")
             if checked.problem:
                 tile = replace(tile, proposed="corrupt", reason=checked.problem)
                 unknown += [i] if checked.size else []
@@ -101,13 +94,14 @@ def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMa
                 tile = replace(tile, proposed=audit.verdict(tile, config.filter))
             surveyed.append(tile)
             progress.advance()
+    colours = {index: colour for index, (colour, _) in sorted(palette.items())}
     readable = int((sizes[:, 0] > 0).sum())
     if not readable:
         raise UserError(f"{data.root}: none of {len(tiles)} pairs can be read; the first: {surveyed[0].reason}")
     if 2 * len(unknown) > readable:
         raise UserError(f"{data.root}: {len(unknown)} of {readable} masks hold {_describe_codes(totals, masks, data)}"
-                        + (f". {describe_palette(palettes[0])}" if palettes else ""))
-    return FilterResult(surveyed, sizes, pixels, totals, *palettes)
+                        + (f". {describe_palette(colours)}" if colours else ""))
+    return FilterResult(surveyed, sizes, pixels, totals, colours, contradiction)
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,7 @@ class CheckedMask:
     size: tuple[int, ...] | None = None  # height and width; None if it cannot be read
     codes: dict[int, int] = field(default_factory=dict)  # pixels of each code, at most MOST_CODES
     pixels: np.ndarray | None = None  # (K,) of each class
-    palette: tuple[int, ...] = ()
+    palette: tuple[int, ...] = ()  # the colour of each index, if the mask is read by index
     problem: str = ""
 
 
@@ -168,11 +162,10 @@ def _by_colour(counts: Counter[int]) -> Counter[int]:
     return found
 
 
-def describe_palette(palette: Palette) -> str:
-    """Say which colour each index of a palette has."""
-    colours = [f"{i} = {name_of(colour)}" for i, colour in enumerate(palette.colours)]
-    return (f"The palette of {palette.mask}: {', '.join(colours[:SHOWN])}"
-            + (f", … ({len(colours)} colours)" if len(colours) > SHOWN else ""))
+def describe_palette(palette: dict[int, int]) -> str:
+    """Say which colour each index of the masks' palettes has."""
+    colours = [f"{index} = {name_of(colour)}" for index, colour in palette.items()]
+    return f"palette: {', '.join(colours[:SHOWN])}{', …' if len(colours) > SHOWN else ''}"
 
 
 def audit_tile(data: Data, limits: Filter, tile: Tile) -> tuple[Tile, bytes]:

@@ -57,8 +57,7 @@ def preflight(result: FilterResult, config: Config) -> str:
         groups = f"groups: {len(sizes)}, of {' to '.join(map(str, sorted({min(sizes), max(sizes)})))} tiles"
     if len(sizes) > 1:
         groups += "; none will be in both train and test"
-    palette = [f"{describe_palette(result.palette)} (read by index)"] if result.palette and not (
-        config.data.palettes_by_colour) else []
+    palette = [f"{describe_palette(result.palette)} (masks are read by index)"] if result.palette else []
     return "\n".join([pairs, groups, describe_codes(result, config.data), *palette])
 
 
