@@ -20,18 +20,23 @@ from common.masks import IGNORE
 EPSILON = 1e-6
 
 
+def true_log_probs(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the logarithm of the probability of the true class (B, H, W), or 0 for an ignored pixel."""
+    ignored = target == IGNORE                                                       # (B, H, W)
+    log_probs = torch.log_softmax(logits.float(), dim=1)                             # (B, K, H, W)
+    of_truth = log_probs.gather(1, target.masked_fill(ignored, 0)[:, None])[:, 0]    # (B, H, W)
+    return of_truth.masked_fill(ignored, 0)
+
+
 def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return equation 2, or with weights 3 (negated): the weighted sum over pixels divided by their NUMBER.
 
     `torch.nn.CrossEntropyLoss(weight)` divides by the sum of the weights instead, so their scale has no effect there.
     """
-    labelled = target != IGNORE                                                      # (B, H, W)
-    classes = target.masked_fill(~labelled, 0)                                       # (B, H, W)
-    log_probs = torch.log_softmax(logits.float(), dim=1)                             # (B, K, H, W)
-    true_log_probs = log_probs.gather(1, classes[:, None])[:, 0]                     # (B, H, W)
+    log_probs = true_log_probs(logits, target)                                       # (B, H, W)
     if weights is not None:
-        true_log_probs = true_log_probs * weights[classes]                           # (B, H, W)
-    return -_mean(true_log_probs.masked_fill(~labelled, 0), labelled)
+        log_probs = log_probs * weights[target.masked_fill(target == IGNORE, 0)]     # (B, H, W)
+    return -_mean(log_probs, target != IGNORE)
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:

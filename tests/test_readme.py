@@ -37,9 +37,17 @@ def prose(page: str) -> str:
     return BLOCK.sub("", text(page))
 
 
-def codes(page: str) -> list[str]:
+def codes_in(prose: str) -> list[str]:
     """What stands in backticks."""
-    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+
+
+def codes(page: str) -> list[str]:
+    return codes_in(prose(page))
+
+
+def settings_in(prose: str) -> list[str]:
+    return [code for code in codes_in(prose) if SETTING.fullmatch(code)]
 
 
 def commands(page: str) -> list[str]:
@@ -134,13 +142,16 @@ def test_options_exist(parse):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_exist(page):
-    for code in codes(page):
-        setting = SETTING.fullmatch(code)
-        if setting and setting[2] and "..." not in code:
-            load_config(REPOSITORY / "configs/dice_ce.yaml", [code])
-        elif setting and setting[1] != "data.greys":  # the old name of data.mask_values
-            section, _, name = setting[1].partition(".")
-            assert hasattr(getattr(Config(), section), name), code
+    """The settings in a row of a table belong together; those of the text stand alone."""
+    lines = prose(page).splitlines()
+    rows = [settings_in(line) for line in lines if line.startswith("|")]
+    alone = settings_in("\n".join(line for line in lines if not line.startswith("|")))
+    for together in [*rows, *([code] for code in alone)]:
+        values = [code for code in together if "=" in code and "..." not in code]
+        load_config(REPOSITORY / "configs/dice_ce.yaml", values)
+        for code in together:
+            section, _, name = SETTING.fullmatch(code)[1].partition(".")
+            assert hasattr(getattr(Config(), section), name) or code == "data.greys", code  # the old name
 
 
 # ---------------------------------------------------------------------------------------------- links and files
