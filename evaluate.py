@@ -128,7 +128,8 @@ def main() -> None:
     out = args.out or default_folder(candidates, args)
     sources = [candidates[0].source, args.images] if args.images else sources_of(candidates)
     label_images = [path for candidate in candidates for path in (candidate.label_images or {}).values()]
-    inputs = [*sources_of(candidates), *sources, *label_images, *([Path(args.config)] if args.config else [])]
+    lists = [candidate.config.data.list_folder for candidate in candidates]
+    inputs = [*sources_of(candidates), *sources, *lists, *label_images, *([Path(args.config)] if args.config else [])]
     check_replaceable(out, inputs, None if args.out else sources)
     with enough_memory(LESS_MEMORY):
         if args.images:

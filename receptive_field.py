@@ -132,7 +132,8 @@ def measure_and_write(candidates: Sequence["Candidate"], args: Namespace) -> Non
     out = args.out or default_folder(candidates, args)
     sources = [*(candidate.source for candidate in candidates),
                *(Path(candidate.config.data.root) for candidate in candidates)]
-    check_replaceable(out, sources, None if args.out else sources)
+    lists = [candidate.config.data.list_folder for candidate in candidates]
+    check_replaceable(out, [*sources, *lists], None if args.out else sources)
     if out.is_dir() and any(out.iterdir()) and not (out / "fields.json").is_file():
         raise UserError(f"{out} would be replaced, but contains results of another command; choose another folder")
     with enough_memory(LESS_MEMORY):

@@ -76,6 +76,11 @@ def folder_wildcards(pattern: str) -> list[str]:
     return [token for part in pattern.split("/")[:-1] for token in re.findall(r"\*+", part)]
 
 
+def joins_folders(pattern: str) -> bool:
+    """Return whether a key holds names of folders, so that files of different tiles may have one name."""
+    return bool(folder_wildcards(pattern)) or "{group}" in pattern.rpartition("/")[0]
+
+
 def composed(name: str) -> str:
     """Return the name in Unicode's composed form (NFC), since macOS programs may write an accent in another way."""
     return unicodedata.normalize("NFC", name)

@@ -17,7 +17,7 @@ from common.console import UserError
 from common.devices import choose_device, choose_precision, memory_format
 from common.files import file_name
 from common.masks import IGNORE, read_mask
-from common.patterns import composed, find_files
+from common.patterns import composed, find_files, joins_folders
 from common.pictures import picture_size
 from common.statistics import Statistics
 from dataset import Tile, by_key
@@ -167,7 +167,8 @@ def _config_of_run(folder: Path, checkpoint: checkpoints.Checkpoint, overrides: 
 def candidate_of_labels(pattern: str, config: Config, tiles: Sequence[Tile]) -> Candidate:
     """Find and check the label images of another tool: a folder, or a pattern such as other/{key}_labels.png.
 
-    In a folder, the label image of a tile has the name of its mask, of its image or of its key, as PNG, TIFF or BMP.
+    In a folder, the label image of a tile has the name of its mask, of its image or of its key, as PNG, TIFF or BMP. If
+    tiles in several folders may have one name, it has the name of its key.
     """
     has_key = "{key}" in pattern
     folder = Path(pattern.partition("{key}")[0] + "x").parent if has_key else Path(pattern)
@@ -180,7 +181,7 @@ def candidate_of_labels(pattern: str, config: Config, tiles: Sequence[Tile]) -> 
         found = by_key(anchor, [file for file in files if file.key in wanted], "label image")
         label_images = {key: anchor / file.path for key, file in found.items()}
     else:
-        label_images = _match_folder(folder, tiles)
+        label_images = _match_folder(folder, tiles, by_key_alone=joins_folders(config.data.images))
     for tile in tiles:
         if tile.key not in label_images:
             raise UserError(f"{pattern}: no label image for tile '{tile.key}'; every tile that is scored needs one")
@@ -197,8 +198,11 @@ def candidate_of_labels(pattern: str, config: Config, tiles: Sequence[Tile]) -> 
     return Candidate(name, config, Path(pattern), choose_device(config.device), label_images=label_images)
 
 
-def _match_folder(folder: Path, tiles: Sequence[Tile]) -> dict[str, Path]:
-    """Return the label images in a folder by the keys of the tiles; tiles may lack one."""
+def _match_folder(folder: Path, tiles: Sequence[Tile], by_key_alone: bool) -> dict[str, Path]:
+    """Return the label images in a folder by the keys of the tiles; tiles may lack one.
+
+    Their names are those of masks, images or keys, or of keys alone.
+    """
     by_stem: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in LABEL_SUFFIXES:
@@ -209,7 +213,8 @@ def _match_folder(folder: Path, tiles: Sequence[Tile]) -> dict[str, Path]:
                         + (f"; did you mean one of its folders {inside}?" if inside else ""))
     label_images = {}
     for tile in tiles:
-        names = dict.fromkeys(composed(name) for name in (Path(tile.mask).stem, Path(tile.image).stem, tile.key))
+        stems = () if by_key_alone else (Path(tile.mask).stem, Path(tile.image).stem)
+        names = dict.fromkeys(composed(name) for name in (*stems, tile.key))
         found = [path for name in names for path in by_stem.get(name, ())]
         if len(found) > 1:
             raise UserError(f"{folder}: both {found[0].name} and {found[1].name} may be the label image of tile "

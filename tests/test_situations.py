@@ -369,3 +369,26 @@ def test_a_label_image_must_give_every_pixel_a_class(tmp_path, filtered, here):
                cwd=tmp_path)
     assert out.returncode == 2 and "a prediction must give every pixel a class" in out.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_a_label_image_is_not_taken_for_that_of_a_tile_of_the_same_name_in_another_folder(tmp_path, here):
+    write_pairs(tmp_path / "tiles", 6, slides=3)
+    for folder in ("frames/frame", "masks/mask"):
+        for i in range(6):
+            new = tmp_path / f"tiles/{folder[0]}/s{i % 3}/t{i // 3}.png"
+            new.parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"tiles/{folder}#s{i % 3}-{i}.png").rename(new)
+    (tmp_path / "x.yaml").write_text(
+        "data: {root: tiles, images: 'f/{group}/{key}.png', masks: 'm/{group}/{key}.png'}\n")
+    assert here("data_filter.py", "--config", "x.yaml", cwd=tmp_path).returncode == 0
+    (tmp_path / "labels").mkdir()
+    for name in ("t0", "t1"):
+        shutil.copy(tmp_path / f"tiles/m/s0/{name}.png", tmp_path / f"labels/{name}.png")
+    run = ["evaluate.py", "--predictions", "labels", "--config", "x.yaml", "--split", "all"]
+    out = here(*run, cwd=tmp_path)
+    assert out.returncode == 2 and "no label image for tile 's0-t0'" in out.stderr
+    for i in range(6):
+        shutil.copy(tmp_path / f"tiles/m/s{i % 3}/t{i // 3}.png", tmp_path / f"labels/s{i % 3}-t{i // 3}.png")
+    out = here(*run, cwd=tmp_path)
+    rows = read_rows(tmp_path / "labels-evaluation-all/tiles.csv")
+    assert out.returncode == 0 and {row["pixel_accuracy"] for row in rows} == {"1.000000"}

@@ -21,6 +21,7 @@ from tools.benchmark import __main__ as benchmark
 from tools.benchmark import plain, roofline
 from tools.benchmark.__main__ import QUICK, benchmarks, table_row, with_roofline
 from tools.benchmark.filtering import multiply, original_pass
+from tools.benchmark.many_tiles import many_tiles
 from tools.benchmark.network import (
     STATISTICS,
     our_crops,
@@ -249,11 +250,18 @@ def test_every_row_becomes_cells_of_the_table():
                                    "50.0%"]
 
 
+def test_many_tiles_are_filtered_packed_and_prepared(tmp_path):
+    rows = list(many_tiles(Setting(tmp_path, quick=True, device="cpu")))
+    assert [row["name"] for row in rows] == [f"many_tiles_{count}_{what}" for count in (100, 200)
+                                             for what in ("filter", "pack", "start")]
+    assert all(row["ours"] > 0 and row["peak_memory_mb"] > 20 for row in rows)
+
+
 def test_the_documented_names_exist_on_every_device():
     for device in ("cpu", "cuda"):
         names = benchmarks(device)
         assert {"train_step", "inference_512", "crops", "filter_check", "filter_pass", "snapshot", "epoch", "scaling",
-                *QUICK} <= names.keys()
+                "many_tiles", *QUICK} <= names.keys()
 
 
 def test_rows_reach_the_terminal_and_the_file(tiles):

@@ -31,6 +31,7 @@ the range of the ratios. If our scripts keep memory for reuse (common/memory.py)
                      against float32 on a 256 x 256 input
     field_maps       the same for 64 pixels, several in one backward pass against one each
     field_float32    field_maps with float32 on both sides
+    many_tiles       only with --only: filter, packing and start of training for 1,000, 10,000 and 100,000 small tiles
     epoch, scaling   with --device cuda or --only (hours on a CPU): the report's epoch, and the cost of a step by crop,
                      batch, widths and number of tiles; compiled on a GPU
 
@@ -52,7 +53,7 @@ from tools.benchmark.race import Race, Setting, Sides, compete, in_new_process
 PACKAGES = ("torch", "numpy", "scipy", "pillow", "monai", "segmentation-models-pytorch")
 PARTS = ("train_step_channels_last", "train_step_bf16", "train_step_both")
 QUICK = ("train_step", "inference_512", "crops", "snapshot", "filter_check", "filter_pass", "field_map")
-ONLY_BY_NAME = {"cpu": ("epoch", "scaling", *PARTS), "cuda": PARTS}
+ONLY_BY_NAME = {"cpu": ("epoch", "scaling", "many_tiles", *PARTS), "cuda": ("many_tiles", *PARTS)}
 ROUNDS, QUICK_ROUNDS = 5, 2  # or more (race.py)
 
 
@@ -61,9 +62,10 @@ def benchmarks(device: str) -> dict:
 
     Modules that need torch are imported in functions, because every process that the benchmark starts reads this file.
     """
-    from tools.benchmark import fields, filtering, network, scaling
+    from tools.benchmark import fields, filtering, many_tiles, network, scaling
 
-    return network.races(device) | filtering.RACES | filtering.MEASUREMENTS | fields.RACES | scaling.MEASUREMENTS
+    return (network.races(device) | filtering.RACES | filtering.MEASUREMENTS | fields.RACES | scaling.MEASUREMENTS
+            | many_tiles.MEASUREMENTS)
 
 
 def rows_of(name: str, setting: Setting, sides: Sides) -> Iterator[dict]:

@@ -139,9 +139,12 @@ def peak_memory(config: Config, workers: int) -> float:
     import resource
 
     pipeline.filter_tiles(config, workers)
-    # not RUSAGE_SELF, which includes memory of the process that started this one
-    ours = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
-    return max(ours, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+    return max(own_peak_memory(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+
+
+def own_peak_memory() -> float:
+    """Return the MB that this process used at most; RUSAGE_SELF includes those of the process that started it."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
 def memory(setting: Setting) -> dict:
