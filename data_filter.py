@@ -27,6 +27,7 @@ from dataset import (
     check_list_folder,
     claim_list_folder,
     groups_are_missing,
+    make_list_folder,
     warn_about_small_tiles,
     write_tiles,
 )
@@ -47,7 +48,8 @@ def main() -> None:
     path, folder = lists / TILE_LIST, lists / FILTER_FOLDER
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers must be at least 1; it is {args.workers}")
-    if lists.is_dir() and not os.access(lists, os.W_OK):
+    existing = next(folder for folder in (lists, *lists.absolute().parents) if folder.exists())
+    if root.is_dir() and not os.access(existing, os.W_OK):
         raise UserError(f"{lists}: {TILE_LIST} cannot be written there; allow writing, or set data.cache to a folder "
                         "of yours for it")
     check_list_folder(config.data)
@@ -56,7 +58,7 @@ def main() -> None:
     result = filter_tiles(config, args.workers, before, partial(announce, config=config))
     reject_corrupt(result.tiles, args.skip_corrupt)
     changes = manual_edits.differences(before, text, result.tiles)
-    claim_list_folder(config.data)
+    make_list_folder(config.data)
     with locked(lists / LOCK, path, f"{lists}: another process writes {TILE_LIST} or packs its tiles", wait=True):
         with replacing_folder(folder) as partial_folder:
             report.write(partial_folder, result, config, changes, path)
@@ -66,6 +68,7 @@ def main() -> None:
         if not result.kept:
             raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then fix "
                             "the masks or relax filter.min_foreground and filter.max_blank")
+        claim_list_folder(config.data)
         write_tiles(path, result.tiles)
     print(*report.remarks(result), *changes, "", report.verdicts(result, config.data.classes), sep="\n")
     warn_about(result, config)
@@ -82,11 +85,13 @@ def announce(surveyed: FilterResult, config: Config) -> None:
     print(report.preflight(surveyed, config), flush=True)
     if surveyed.contradiction:
         warn(f"the palettes of masks differ, so an index may mean different classes: {surveyed.contradiction}. To read "
-             "the colours instead, set data.colours")
+             "the colours instead, set data.colours, or for greys data.masks_by=colour")
     if groups_are_missing(surveyed.tiles):
-        reason = "finds another group in every key" if config.data.group else "is not set"
-        warn(f"data.group {reason}, so every tile is split on its own. Tiles of one slide or patient can be in both "
-             "train and test, which makes scores too high. If you can, give a pattern that finds the slide in the key")
+        reason = "data.group is not set"
+        if config.data.group or "{group}" in config.data.images:
+            reason = f"{'data.group' if config.data.group else '{group}'} gives every tile a group of its own"
+        warn(f"{reason}, so every tile is split on its own. Tiles of one slide or patient can be in both train and "
+             "test, which makes scores too high. If you can, give a pattern that finds the slide or patient")
     warn_about_small_tiles(surveyed.sizes[surveyed.sizes[:, 0] > 0], config)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from common.config import Config, Data
 from common.console import UserError, warn
 from common.files import write_csv, write_text, writing
-from common.patterns import Found, composed, fill, find_files, reject_outside
+from common.patterns import Found, composed, fill, find_files, pictures_below, reject_outside
 from common.randomness import generator
 from common.store import Pair
 
@@ -84,13 +85,12 @@ MEASUREMENTS = tuple(f.name for f in fields(Tile) if f.type == float | None)
 def find_pairs(data: Data) -> list[Tile]:
     """Return every image with its mask, in the natural order of the keys (2 before 10).
 
-    Warn about pictures beside them that fit no pattern.
+    Warn about pictures in the same folders, or in folders below them, that fit no pattern.
     """
     root = Path(data.root)
-    (images, beside_images), (masks, beside_masks) = (find_files(root, pattern, skip=(FILTER_FOLDER,))
-                                                      for pattern in (data.images, data.masks))
-    fitting = {found.path for found in (*images, *masks)}
-    images, masks = _images_or_masks(images, masks, data)
+    report = os.path.relpath(data.list_folder / FILTER_FOLDER, root) if root.is_dir() else ""
+    skip = {Path(report).as_posix()}
+    images, masks = _images_or_masks(*(find_files(root, pattern, skip) for pattern in (data.images, data.masks)), data)
     if not images and not masks:
         raise UserError(f"{root.resolve()}: no tiles found; expected {root / data.images} and {root / data.masks}. Set "
                         "data.root, data.images and data.masks, or make tiles to try: `python -m tools.make_demo_data "
@@ -103,11 +103,11 @@ def find_pairs(data: Data) -> list[Tile]:
             raise UserError(f"{root / alone[0].path}: its {what} {root / fill(pattern, alone[0])} is missing "
                             f"({len(alone)} of {len(found)} files have no {what}); add it or remove the file")
     reject_outside(root, [file.path for file in (*images, *masks)])
-    unused = sorted({*beside_images, *beside_masks} - fitting)
+    pictures = {path for pattern in (data.images, data.masks) for path in pictures_below(root, pattern, skip)}
+    unused = sorted(pictures - {file.path for file in (*images, *masks)})
     if unused:
-        warn(f"{root}: {len(unused)} picture{'s' if len(unused) > 1 else ''} beside the tiles fit neither data.images "
-             f"({data.images}) nor data.masks ({data.masks}) and are left out: {', '.join(unused[:3])}"
-             f"{', …' if len(unused) > 3 else ''}")
+        warn(f"{root}: pictures that fit neither data.images ({data.images}) nor data.masks ({data.masks}) are left "
+             f"out: {len(unused)}, for example {', '.join(unused[:3])}")
     return [Tile(key, found_images[key].path, found_masks[key].path,
                  found_images[key].group or group_of(key, data.group)) for key in sorted(found_images, key=_natural)]
 
@@ -227,8 +227,10 @@ def read_tiles(data: Data) -> list[Tile]:
 
 
 def check_list_folder(data: Data) -> None:
-    """Raise a `UserError` if data.cache holds the list of another data folder."""
+    """Raise a `UserError` if data.cache is a file or holds the list of another data folder."""
     note = data.list_folder / CACHE_NOTE
+    if data.cache and data.list_folder.exists() and not data.list_folder.is_dir():
+        raise UserError(f"data.cache={data.cache} is a file; give a folder")
     if data.cache and note.is_file():
         other = Path(note.read_text(encoding="utf-8").strip())
         if other.is_dir() and not (Path(data.root).is_dir() and other.samefile(data.root)):
@@ -236,11 +238,15 @@ def check_list_folder(data: Data) -> None:
                             "give each data folder a cache of its own")
 
 
+def make_list_folder(data: Data) -> None:
+    with writing(data.list_folder):
+        data.list_folder.mkdir(parents=True, exist_ok=True)
+
+
 def claim_list_folder(data: Data) -> None:
-    """Create data.cache, and note there to which data folder it belongs."""
+    """Note in data.cache to which data folder it belongs. The caller must hold the folder's lock."""
+    check_list_folder(data)
     if data.cache:
-        with writing(data.list_folder):
-            data.list_folder.mkdir(parents=True, exist_ok=True)
         write_text(data.list_folder / CACHE_NOTE, f"{Path(data.root).resolve()}\n")
 
 

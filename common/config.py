@@ -24,7 +24,7 @@ class Data:
     classes: tuple[str, ...] = ("background", "tissue", "tumour")  # the first one is the background
     mask_values: tuple[int, ...] = (26, 51, 77)  # the grey level or palette index of each class in a mask
     colours: tuple[int | str, ...] = ()  # rrggbb of each class in a mask, in place of mask_values
-    masks_by: Literal["auto", "index", "colour"] = "auto"  # how to read palettes; auto: by index, without colours
+    masks_by: Literal["auto", "index", "colour"] = "auto"  # palettes; auto: index, without colours and threshold
     threshold: int | None = None  # of two classes, the second begins at this grey level; in place of mask_values
     ignore: tuple[int | str, ...] = ()  # mask values or colours of pixels without a class
     group: str = ""  # regular expression that finds the slide or patient in the key; "" = every tile for itself
@@ -74,6 +74,9 @@ class Data:
                   "leave out data.colours and data.ignore")
             if self.mask_values == Data.mask_values:
                 object.__setattr__(self, "mask_values", (0, 255))
+            check(len(self.mask_values) == 2 and self.mask_values[0] < self.threshold <= self.mask_values[1],
+                  f"data.mask_values, in which predictions are written, must be one value below data.threshold and one "
+                  f"from it on; it is {list(self.mask_values)}, and data.threshold is {self.threshold}")
         values = self.mask_values
         if self.colours:
             check(values == Data.mask_values, "data.colours takes the place of data.mask_values; leave out one of them")
@@ -98,7 +101,8 @@ class Data:
     @property
     def palettes_by_colour(self) -> bool:
         """Whether a palette's colours stand for classes, and not its indices."""
-        return bool(self.colours) or self.masks_by == "colour"
+        by_default = bool(self.colours) or self.threshold is not None  # a threshold is a grey level
+        return by_default if self.masks_by == "auto" else self.masks_by == "colour"
 
     @property
     def list_folder(self) -> Path:

@@ -49,7 +49,8 @@ def apply_overrides(config: Config, overrides: Iterable[str], allowed: Sequence[
         try:
             target[key] = text if isinstance(current[name], str) else yaml.load(text, _Loader)
         except (yaml.YAMLError, ValueError):
-            raise UserError(f"command line: {name}: cannot read the value '{text}'") from None
+            hint = "; write colours without #, such as 00ff00" if "#" in text else ""
+            raise UserError(f"command line: {name}: cannot read the value '{text}'{hint}") from None
     return from_dict(values, "command line" if overrides else "config")
 
 

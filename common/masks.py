@@ -145,9 +145,12 @@ def count_classes(path: Path, codes: np.ndarray, counts: np.ndarray, data: Data)
                           for i in unknown[:SHOWN])
         expected = f"data.colours is {list(data.colours)}" if data.colours else (
             f"data.mask_values is {list(data.mask_values)}")
+        setting = "data.colours" if data.colours else "data.mask_values"
+        advice = f"set {setting} and data.classes, or data.ignore for pixels without a class"
+        if codes.max() >= COLOUR and not data.colours:
+            advice = "set data.colours to read colours" if data.threshold is None else "convert it to grey"
         raise UserError(f"{path}: contains {found}{', …' if unknown.size > SHOWN else ''}, but {expected}; fix the "
-                        f"mask, or set data.{'colours' if data.colours else 'mask_values'} and data.classes, or "
-                        "data.ignore for pixels without a class")
+                        f"mask, or {advice}")
     return np.bincount(classes, counts, minlength=256)[:len(data.classes)].astype(np.int64)
 
 

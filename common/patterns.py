@@ -1,18 +1,20 @@
 """Find files by a pattern such as {group}/images/{key}.png.
 
     {key}      what names a tile in its folder
-    {group}    the slide or patient: a folder, or a part of a name
+    {group}    the slide or patient: a folder, or the first part of a name
     *          any text inside one name
     **         any number of folders, also none
-    .png       at the end: any of `SUFFIXES`, in small or capital letters
+    .png       at the end: any of `SUFFIXES`, in small or capital letters; .* stands for the same
 
-A file's key joins with "-", in this order, the texts of {group}, of * and ** in folders, and of {key}. So tiles of
-equal names in different folders have different keys. A * in the name of the file itself is not part of the key.
+A file's key joins with "-" the texts of {group}, of * and ** in folders, and of {key}, in this order. So tiles of equal
+names in different folders have different keys. A * in the name of the file itself is not part of the key. Where a name
+can be divided in several ways, the earlier texts are as short as possible.
 """
 
+import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from common.console import UserError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # of pictures
 SAME_KIND = {".jpeg": ".jpg", ".tiff": ".tif"}
 TOKEN = re.compile(r"(\{key\}|\{group\}|\*)")
+Texts = tuple[tuple[str, str], ...]  # tokens and what stands for them
 
 
 @dataclass(frozen=True)
@@ -29,46 +32,59 @@ class Found:
     """A file that fits a pattern."""
 
     path: str  # below the root
-    key: str
     group: str  # the text of {group}, or ""
+    folders: tuple[str, ...]  # the texts of the wildcards in folders
+    name: str  # the text of {key}
     same_suffix: bool  # as the pattern
-    texts: tuple[str, ...]  # of the tokens in the folders and the name, in order
+
+    @property
+    def key(self) -> str:
+        return "-".join(text.replace("/", "-") for text in (self.group, *self.folders, self.name) if text)
 
 
-def find_files(root: Path, pattern: str, skip: Sequence[str] = ()) -> tuple[list[Found], list[str]]:
-    """Return the files below `root` that fit, and the pictures beside them that do not fit; paths are sorted.
+def find_files(root: Path, pattern: str, skip: Collection[str] = ()) -> list[Found]:
+    """Return the files below `root` that fit a pattern, sorted by path.
 
-    Wildcards do not enter folders of `root` that `skip` names. Names that begin with a dot are left out.
+    Wildcards do not enter the folders `skip`, paths below `root`. Names that begin with a dot are left out.
     """
     *folders, last = composed(pattern).split("/")
-    places: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [("", (), ())]  # path, tokens, texts
+    places: list[tuple[str, Texts]] = [("", ())]
     for part in folders:
-        places = [(_join(path, name), (*tokens, *more_tokens), (*texts, *more_texts)) for path, tokens, texts in places
-                  for name, more_tokens, more_texts in _matching_folders(root / path, part, () if path else skip)]
-    regex, last_tokens, suffix = _name_regex(last)
-    found, others = {}, []
-    for path, tokens, texts in places:
+        places = [(name, texts + more) for path, texts in places
+                  for name, more in _matching_folders(root, path, part, skip)]
+    regex, tokens, suffix = _name_regex(last)
+    found = {}
+    for path, texts in places:
         for name in _names(root / path, last):
             match = regex.fullmatch(composed(name))
             if match:
-                known = match[regex.groups].lower() if suffix else ""
-                values = match.groups()[:len(last_tokens)]
-                pairs = [*zip(tokens, texts, strict=True),
-                         *(pair for pair in zip(last_tokens, values, strict=True) if pair[0] != "*")]
+                *values, known = match.groups() if suffix else (*match.groups(), "")
+                pairs = dict(zip(tokens, values, strict=True)) | {
+                    token: text for token, text in texts if token.startswith("{")}
+                same = not suffix or suffix == ".*" or _kind(known.lower()) == _kind(suffix)
                 found[_join(path, name)] = Found(
-                    _join(path, name), "-".join(text.replace("/", "-") for _, text in pairs if text),
-                    dict(pairs).get("{group}", ""), not suffix or suffix == ".*" or _kind(known) == _kind(suffix),
-                    (*texts, *values))
-            elif Path(name).suffix.lower() in SUFFIXES:
-                others.append(_join(path, name))
-    return list(found.values()), others
+                    _join(path, name), pairs.get("{group}", ""),
+                    tuple(text for token, text in texts if not token.startswith("{")), pairs["{key}"], same)
+    return [found[path] for path in sorted(found)]
+
+
+def pictures_below(root: Path, pattern: str, skip: Collection[str]) -> Iterator[str]:
+    """Yield the paths of all pictures below the folder of `root` where the first token of a pattern stands."""
+    start = TOKEN.split(composed(pattern))[0].rpartition("/")[0]
+    for folder, folders, names in os.walk(root / start):
+        path = Path(folder).relative_to(root).as_posix().removeprefix(".")
+        folders[:] = [name for name in folders if name[0] != "." and _join(path, name) not in skip]
+        yield from (_join(path, name) for name in names
+                    if name[0] != "." and Path(name).suffix.lower() in SUFFIXES)
 
 
 def fill(pattern: str, found: Found) -> str:
-    """Return the pattern with the texts of another pattern's file in place of its tokens, as far as they go."""
-    texts = iter(found.texts)
-    return "".join(next(texts, part) if TOKEN.fullmatch(part) else part
-                   for part in TOKEN.split(pattern.replace("**", "*")))
+    """Return the path that a pattern gives to the key of a file that fits another one."""
+    folders = iter(found.folders)
+    *parts, last = TOKEN.sub(lambda token: {"{key}": found.name, "{group}": found.group}.get(token[0], token[0]),
+                             pattern).split("/")
+    parts = [re.sub(r"\*+", lambda wildcard: next(folders, wildcard[0]), part) for part in parts]
+    return "/".join([*parts, last])
 
 
 def folder_wildcards(pattern: str) -> list[str]:
@@ -94,48 +110,48 @@ def _join(path: str, name: str) -> str:
     return f"{path}/{name}" if path and name else path or name
 
 
-def _part_regex(part: str, text: str) -> tuple[str, list[str]]:
-    """Return a regular expression with a group for each token of a part of a pattern; * matches `text`."""
+def _part_regex(part: str) -> tuple[str, list[str]]:
+    """Return a regular expression with a group for each token of a part of a pattern, and the tokens."""
     pieces = TOKEN.split(part)
-    forms = {"{key}": "(.+)", "{group}": "(.+)", "*": f"({text})"}
+    forms = {"{key}": "(.+?)", "{group}": "(.+?)", "*": "(.*?)"}
     return "".join(forms.get(piece) or re.escape(piece) for piece in pieces), pieces[1::2]
 
 
 def _name_regex(part: str) -> tuple[re.Pattern, list[str], str]:
-    """Return the expression of a file's name, its tokens, and the suffix, which is the expression's last group.
+    """Return the expression of a file's name, its tokens, and the suffix, for which the expression has a last group.
 
     The suffix is "" if the pattern ends with something else than the suffix of a picture or ".*".
     """
     stem, dot, ending = part.rpartition(".")
     suffix = f".{ending.lower()}" if stem and dot and f".{ending.lower()}" in (*SUFFIXES, ".*") else ""
-    regex, tokens = _part_regex(stem if suffix else part, ".*")
+    regex, tokens = _part_regex(stem if suffix else part)
     known = "|".join(re.escape(suffix) for suffix in SUFFIXES)
     return re.compile(f"{regex}((?i:{known}))" if suffix else regex, re.DOTALL), tokens, suffix
 
 
-def _matching_folders(folder: Path, part: str, skip: Sequence[str]) -> Iterator[tuple[str, Sequence, Sequence]]:
-    """Yield the path below `folder` of each folder that fits a part of a pattern, with tokens and texts."""
+def _matching_folders(root: Path, path: str, part: str, skip: Collection[str]) -> Iterator[tuple[str, Texts]]:
+    """Yield each folder below `path` that fits a part of a pattern, as a path below `root`, and its texts."""
     if part == "**":
-        yield "", (), ()
-        for name in _folders_below(folder, skip):
-            yield name, ("**",), (name,)
-    elif not TOKEN.search(part) and (folder / part).exists():  # ignores case where the file system does
-        yield part, (), ()
+        yield path, ()
+        for below in _folders_below(root, path, skip):
+            yield below, (("**", below.removeprefix(f"{path}/") if path else below),)
+    elif not TOKEN.search(part) and (root / path / part).exists():  # ignores case where the file system does
+        yield _join(path, part), ()
     else:
-        regex, tokens = _part_regex(part, ".+" if part == "*" else ".*")
-        for name in _names(folder, part):
+        regex, tokens = _part_regex(part)
+        for name in _names(root / path, part):
             match = re.fullmatch(regex, composed(name), re.DOTALL)
-            if match and name not in skip:
-                yield name, tokens, match.groups()
+            if match and _join(path, name) not in skip:
+                yield _join(path, name), tuple(zip(tokens, match.groups(), strict=True))
 
 
-def _folders_below(folder: Path, skip: Sequence[str]) -> Iterator[str]:
-    """Yield the paths below `folder` of all its folders; links are not followed, since they could lead in circles."""
-    for name in _names(folder, "*"):
-        if name not in skip and (folder / name).is_dir() and not (folder / name).is_symlink():
-            yield name
-            for below in _folders_below(folder / name, ()):
-                yield f"{name}/{below}"
+def _folders_below(root: Path, path: str, skip: Collection[str]) -> Iterator[str]:
+    """Yield the paths of all folders below `path`; links are not followed, since they could lead in circles."""
+    for name in _names(root / path, "*"):
+        below = _join(path, name)
+        if below not in skip and (root / below).is_dir() and not (root / below).is_symlink():
+            yield below
+            yield from _folders_below(root, below, skip)
 
 
 def _names(folder: Path, part: str) -> list[str]:

@@ -24,8 +24,9 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if picture.mode in ("L", "1") or (picture.mode == "P" and "transparency" not in picture.info):
         picture = picture.convert("RGB")
     if picture.mode != "RGB":
-        depth = "16 bits for each channel" if picture.mode[0] == "I" else f"mode {picture.mode}"
-        raise UserError(f"{path}: an image must be 8-bit RGB or grey, this one has {depth}; convert it to 8-bit RGB")
+        what = "16 bits for each channel" if picture.mode[0] == "I" else f"mode {picture.mode}"
+        what += " and transparency" if picture.mode in ("P", "RGBA", "LA") else ""
+        raise UserError(f"{path}: an image must be 8-bit RGB or grey, this one has {what}; convert it to 8-bit RGB")
     return np.asarray(picture)
 
 

@@ -17,7 +17,7 @@ from common.console import UserError
 from common.devices import choose_device, choose_precision, memory_format
 from common.files import file_name
 from common.masks import IGNORE, read_mask
-from common.patterns import composed, find_files, joins_folders
+from common.patterns import TOKEN, composed, find_files, joins_folders
 from common.pictures import picture_size
 from common.statistics import Statistics
 from dataset import Tile, by_key
@@ -62,7 +62,7 @@ class Candidate:
     def parent_folder(self) -> Path:
         """The folder that contains the run or the label images' folder."""
         parts = (self.run or self.source).parts
-        fixed = next((i for i, part in enumerate(parts) if "{key}" in part), len(parts) - 1)
+        fixed = next((i for i, part in enumerate(parts) if TOKEN.search(part)), len(parts) - 1)
         return Path(*parts[:fixed])
 
     @property
@@ -171,12 +171,12 @@ def candidate_of_labels(pattern: str, config: Config, tiles: Sequence[Tile]) -> 
     tiles in several folders may have one name, it has the name of its key.
     """
     has_key = "{key}" in pattern
-    folder = Path(pattern.partition("{key}")[0] + "x").parent if has_key else Path(pattern)
+    folder = Path(TOKEN.split(pattern)[0] + "x").parent if has_key else Path(pattern)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of label images; give a folder, or a pattern with {{key}} in it")
     if has_key:
         anchor = Path(Path(pattern).anchor)
-        files, _ = find_files(anchor, Path(pattern).relative_to(anchor).as_posix())
+        files = find_files(anchor, Path(pattern).relative_to(anchor).as_posix())
         wanted = {tile.key for tile in tiles}
         found = by_key(anchor, [file for file in files if file.key in wanted], "label image")
         label_images = {key: anchor / file.path for key, file in found.items()}

@@ -66,15 +66,18 @@ def surfaces(prediction: np.ndarray, target: np.ndarray, classes: int, tolerance
 
     HD95 is the larger of the two directions' 95th percentiles. Surface Dice is the share of both surfaces that lies
     within `tolerance` pixels of the other surface (Nikolov et al. 2018, on pixels). Ignored pixels have no surface, and
-    none lies against them; a class without a surface counts as absent.
+    none lies against them. A class that both have, but one of them without a surface, has no score.
     """
     scores = np.full((classes, 3), np.nan)
     ignored = target == IGNORE
     ignored = ignored if ignored.any() else None
     for k in range(classes):
-        edges = [_surface(labels == k, ignored) for labels in (target, prediction)]
-        present = [edge.any() for edge in edges]
+        masks = [labels == k if ignored is None else (labels == k) & ~ignored for labels in (target, prediction)]
+        present = [mask.any() for mask in masks]
         if all(present):
+            edges = [_surface(mask, ignored) for mask in masks]
+            if not all(edge.any() for edge in edges):
+                continue
             there, back = _surface_distances(*edges)
             percentile = max(np.percentile(there, 95), np.percentile(back, 95))
             near = (there <= tolerance).sum() + (back <= tolerance).sum()
@@ -86,10 +89,8 @@ def surfaces(prediction: np.ndarray, target: np.ndarray, classes: int, tolerance
 
 
 def _surface(mask: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
-    """Return the surface pixels (H, W) of a mask (H, W)."""
-    if ignored is None:
-        return mask & ~binary_erosion(mask)
-    return mask & ~ignored & ~binary_erosion(mask | ignored)
+    """Return the surface pixels (H, W) of a mask (H, W), which has no ignored pixels."""
+    return mask & ~binary_erosion(mask if ignored is None else mask | ignored)
 
 
 def _surface_distances(*edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

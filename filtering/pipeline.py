@@ -19,7 +19,8 @@ from dataset import SPLITS, Tile, find_pairs, places_by_group, split_by_group
 from filtering import audit, manual_edits
 
 TILES_PER_WORKER = 64  # fewer are judged before another process has started
-SHOWN = 8  # codes in a message
+SHOWN = 8  # codes in a message, if there are more than MOST_CLASSES
+MOST_CLASSES = 20  # with more codes, masks are taken to be smooth or smeared
 MOST_CODES = 256  # that are kept of one mask: a photograph has many thousands
 
 
@@ -99,7 +100,8 @@ def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMa
     if not readable:
         raise UserError(f"{data.root}: none of {len(tiles)} pairs can be read; the first: {surveyed[0].reason}")
     if 2 * len(unknown) > readable:
-        raise UserError(f"{data.root}: {len(unknown)} of {readable} masks hold {_describe_codes(totals, masks, data)}"
+        raise UserError(f"{data.root}: {len(unknown)} of {readable} masks hold "
+                        + _describe_codes(totals, masks, int(sizes.prod(axis=1).sum()), data)
                         + (f". {describe_palette(colours)}" if colours else ""))
     return FilterResult(surveyed, sizes, pixels, totals, colours, contradiction)
 
@@ -132,7 +134,7 @@ def check_mask(data: Data, tile: Tile) -> CheckedMask:
         return CheckedMask(size, found, palette=mask.palette, problem=str(error))
 
 
-def _describe_codes(totals: Counter[int], masks: Counter[int], data: Data) -> str:
+def _describe_codes(totals: Counter[int], masks: Counter[int], pixels: int, data: Data) -> str:
     """Say which values or colours the masks hold, and which settings would read them."""
     expected = f"data.colours [{', '.join(data.colours)}]" if data.colours else (
         f"data.mask_values {list(data.mask_values)}")
@@ -140,12 +142,14 @@ def _describe_codes(totals: Counter[int], masks: Counter[int], data: Data) -> st
     if max(totals) >= COLOUR:
         kind = setting = "colours"
         totals, masks = (_by_colour(counts) for counts in (totals, masks))
-    pixels, number = totals.total(), len(totals)
-    codes = sorted(code for code, _ in totals.most_common(SHOWN))
+    if data.threshold is not None:
+        expected = f"the grey levels that data.threshold={data.threshold} divides"
+    number = len(totals)
+    codes = sorted(code for code, _ in totals.most_common(SHOWN if number > MOST_CLASSES else MOST_CLASSES))
     shares = ", ".join(f"{name_of(code)} ({totals[code] / pixels:.1%} of the pixels, in {masks[code]} masks)"
                        for code in codes)
     start = f"{kind} that are not in {expected}. "
-    if number > SHOWN:
+    if number > MOST_CLASSES:
         of_two = (". For two classes with smooth or smeared edges set data.threshold=128 and name the two in "
                   "data.classes" if kind == "values" else "")
         return (f"{start}The {SHOWN} most frequent of {number}: {shares}. A mask must have one of the {kind} for each "

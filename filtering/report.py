@@ -57,8 +57,8 @@ def preflight(result: FilterResult, config: Config) -> str:
         groups = f"groups: {len(sizes)}, of {' to '.join(map(str, sorted({min(sizes), max(sizes)})))} tiles"
     if len(sizes) > 1:
         groups += "; none will be in both train and test"
-    palette = [f"{describe_palette(result.palette)} (masks are read by index)"] if result.palette else []
-    return "\n".join([pairs, groups, describe_codes(result, config.data), *palette])
+    by_index = [f"{describe_palette(result.palette)} (masks are read by index)"] if result.palette else []
+    return "\n".join([pairs, groups, describe_codes(result, config.data), *by_index])
 
 
 def describe_sizes(sizes: np.ndarray) -> str:
@@ -74,7 +74,7 @@ def describe_sizes(sizes: np.ndarray) -> str:
 
 def describe_codes(result: FilterResult, data: Data) -> str:
     """Return a line on the values or colours in the masks, and what they stand for."""
-    pixels = result.codes.total()
+    pixels = result.sizes.prod(axis=1).sum()
 
     def share(codes: Iterable[int]) -> str:
         return f"{sum(result.codes[code] for code in codes) / pixels:.2%}"

@@ -118,11 +118,26 @@ def test_two_candidates_for_a_key_are_named(tiles, filtered, folder):
 
 
 def test_pictures_that_fit_no_pattern_are_counted_and_named(tiles, filtered):
-    for name in ("frames/Frame#1.png", "frames/tile7.tif", "masks/copy of mask#1.PNG", "masks/notes.txt"):
+    for name in ("frames/Frame#1.png", "frames/sub/frame#2.tif", "masks/copy of mask#1.PNG", "masks/notes.txt"):
+        (tiles / name).parent.mkdir(exist_ok=True)
         shutil.copy(tiles / "masks/mask#s1-1.png", tiles / name)
     code, _, error = filtered()
     assert code == 0
-    assert "3 pictures" in error and "frames/Frame#1.png, frames/tile7.tif, masks/copy of mask#1.PNG" in error
+    assert "left out: 3, for example frames/Frame#1.png, frames/sub/frame#2.tif, masks/copy of mask#1.PNG" in error
+
+
+def test_a_folder_of_other_names_is_said_and_one_named_filter_may_be_a_slide(tiles, filtered):
+    for path in sorted((tiles / "frames").iterdir()):
+        slide = {"s3": "filter"}.get(path.stem[6:8], path.stem[6:8])
+        names = ("Img", "Seg") if slide == "s2" else ("img", "seg")
+        for name, old in zip(names, (path, tiles / f"masks/mask#{path.stem[6:]}.png"), strict=True):
+            (tiles / slide / name).mkdir(parents=True, exist_ok=True)
+            old.rename(tiles / slide / name / path.name[6:])
+    settings = "data.images={group}/img/{key}.png", "data.masks={group}/seg/{key}.png"
+    for cache in ("lists", "tiles/s0/lists"):
+        for _ in range(2):  # the second time beside the filter's own pictures
+            code, out, error = filtered(*settings, f"data.cache={cache}")
+            assert code == 0 and "pairs: 16," in out and "left out: 8, for example s2/Img/s2-12.png" in error
 
 
 @pytest.mark.parametrize(("images", "masks", "settings", "groups"), [
@@ -223,6 +238,8 @@ def test_smooth_or_smeared_masks_of_two_classes_need_a_threshold(tiles, filtered
 def test_many_greys_of_two_classes_are_advised_a_threshold(tiles, filtered):
     recode(tiles, lambda labels: (np.arange(labels.size) % 256).reshape(labels.shape).astype(np.uint8))
     fails(filtered(CLASSES_OF_TWO, "data.mask_values=[0,255]"), tiles, "8 most frequent of 256", "data.threshold=128")
+    recode(tiles, lambda labels: (np.arange(labels.size) % 12).reshape(labels.shape).astype(np.uint8))
+    fails(filtered(CLASSES_OF_TWO, "data.mask_values=[0,255]"), tiles, "Try data.mask_values=[0,1,2,3,4,5,6,7,8,9,10")
 
 
 # ---------------------------------------------------------------------------------------------- tiles
@@ -392,3 +409,5 @@ def test_a_label_image_is_not_taken_for_that_of_a_tile_of_the_same_name_in_anoth
     out = here(*run, cwd=tmp_path)
     rows = read_rows(tmp_path / "labels-evaluation-all/tiles.csv")
     assert out.returncode == 0 and {row["pixel_accuracy"] for row in rows} == {"1.000000"}
+    out = here(*run[:2], "tiles/m/{group}/{key}.png", *run[3:], "--out", "o", cwd=tmp_path)
+    assert out.returncode == 0 and read_scores(tmp_path / "o")["entries"][0]["scores"]["pixel_accuracy"]["value"] == 1

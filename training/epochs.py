@@ -56,16 +56,16 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
             train_loss = run_pass(learner, data, training_crops(folds, fold, *window), plan.batch_size, True, progress)
             val_loss = run_pass(learner, data, validation_crops(folds, fold, *window), plan.batch_size, False, progress)
             val_losses.append(val_loss)
-            if val_loss < lowest:  # false for NaN, which argmin would choose
+            if val_loss < lowest and not math.isnan(train_loss):  # false for NaN, which argmin would choose
                 lowest = val_loss
                 survivor = {"survivor": fold, "train_loss": train_loss, "val_loss": val_loss}
                 survivor_state = learner.take_snapshot(into=survivor_state)
     if survivor is None:
-        unlabelled = (", or a larger data.crop if the crops of a fold may hold nothing but ignored pixels"
-                      if config.data.ignore else "")
+        advice = "a lower optim.lr, or with train.precision=float32"
+        if config.data.ignore:
+            advice = f"a larger data.crop if crops may hold nothing but ignored pixels, or else with {advice}"
         raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}). What earlier epochs "
-                        "wrote is kept. Start a new run with a lower optim.lr, or with train.precision=float32"
-                        f"{unlabelled}")
+                        f"wrote is kept. Start a new run with {advice}")
     learner.restore_snapshot(survivor_state)
     return survivor | {f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}
 

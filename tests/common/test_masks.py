@@ -70,7 +70,7 @@ def test_a_bit_is_black_or_white(tmp_path):
      r"99 \(3 pixels\).*data.mask_values.*data.ignore"),
     (COLOURED, lambda: Image.fromarray(np.array([[[0, 0, 0], [1, 2, 255]]], np.uint8)),
      r"0102ff \(1 pixel\).*data.colours"),
-    (REPORT, lambda: Image.fromarray(COLOURS[LABELS]), r"ff0000 \(\d+ pixels\)"),
+    (REPORT, lambda: Image.fromarray(COLOURS[LABELS]), r"ff0000 \(\d+ pixels\).*set data.colours"),
     (THREE, lambda: Image.fromarray(np.array([[0, 300]], np.uint16)), "from 0 to 300"),
     (THREE, lambda: Image.fromarray(np.array([[0, 1.5]], np.float32)), "from 0 to 1.5"),
     (THREE, lambda: Image.fromarray(np.array([[0, np.nan]], np.float32)), "whole numbers"),
@@ -113,8 +113,10 @@ def test_a_threshold_divides_all_grey_levels_and_begins_the_second_class(tmp_pat
     for threshold in (1, 128, 255):
         labels = read_mask(tmp_path / "m.png", Data(classes=("a", "b"), threshold=threshold))
         assert (labels == (levels >= threshold)).all()
+    Image.fromarray(levels // 16 * 16).quantize(16).save(tmp_path / "m.png")  # a palette of greys in any order
+    assert (read_mask(tmp_path / "m.png", Data(classes=("a", "b"), threshold=128)) == (levels >= 128)).all()
     Image.fromarray(COLOURS[LABELS]).save(tmp_path / "m.png")
-    with pytest.raises(UserError, match="ff0000"):
+    with pytest.raises(UserError, match=r"ff0000.*convert it to grey"):
         read_mask(tmp_path / "m.png", Data(classes=("a", "b"), threshold=128))
 
 
@@ -134,10 +136,13 @@ def test_ignored_values_and_colours_have_no_class(tmp_path, data, make):
     assert counts.tolist() == [(found == k).sum() for k in range(3)]
 
 
-@pytest.mark.parametrize("data", [REPORT, THREE, COLOURED, Data(colours=COLOURED.colours, ignore=("ffffff",))])
+@pytest.mark.parametrize("data", [
+    REPORT, THREE, COLOURED, Data(colours=COLOURED.colours, ignore=("ffffff",)), Data(classes=("a", "b"), threshold=9),
+    Data(classes=("a", "b"), threshold=9, mask_values=(8, 9))])
 def test_label_images_are_read_back(tmp_path, data):
-    label_image(LABELS, data).save(tmp_path / "m.png")
-    assert (read_mask(tmp_path / "m.png", data) == LABELS).all()
+    labels = LABELS % len(data.classes)
+    label_image(labels, data).save(tmp_path / "m.png")
+    assert (read_mask(tmp_path / "m.png", data) == labels).all()
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
@@ -152,6 +157,8 @@ def test_label_images_are_read_back(tmp_path, data):
     ({"ignore": (51,)}, "51 stands for a class"),
     ({"threshold": 128}, "needs two classes"),
     ({"classes": ("a", "b"), "threshold": 0}, "from 1 to 255"),
+    ({"classes": ("a", "b"), "threshold": 128, "mask_values": (0, 1)}, "one value below"),
+    ({"classes": ("a", "b"), "threshold": 128, "mask_values": (255, 0)}, "one value below"),
     ({"classes": ("a", "b"), "threshold": 128, "ignore": (9,)}, "leave out.*data.ignore"),
     ({"classes": tuple(map(str, range(255))), "mask_values": tuple(range(255))}, "at most 254"),
 ])

@@ -4,7 +4,7 @@ import pytest
 
 from common.config import Data
 from common.console import UserError
-from common.patterns import fill, find_files
+from common.patterns import fill, find_files, pictures_below
 
 
 def touch(root, *names):
@@ -14,7 +14,7 @@ def touch(root, *names):
 
 
 def keys(root, pattern, skip=()):
-    return {found.path: found.key for found in find_files(root, pattern, skip)[0]}
+    return {found.path: found.key for found in find_files(root, pattern, skip)}
 
 
 @pytest.mark.parametrize(("pattern", "expected"), [
@@ -40,21 +40,32 @@ def test_keys_join_folders_and_names(tmp_path, pattern, expected):
 
 def test_the_group_is_a_folder_or_a_part_of_a_name(tmp_path):
     touch(tmp_path, "P07/x/t_1.png", "P08/y/t_1.png", "P07_a_3.png")
-    found, _ = find_files(tmp_path, "{group}/*/{key}.png")
+    found = find_files(tmp_path, "{group}/*/{key}.png")
     assert [(file.key, file.group) for file in found] == [("P07-x-t_1", "P07"), ("P08-y-t_1", "P08")]
-    found, _ = find_files(tmp_path, "{group}_{key}.png")
-    assert [(file.key, file.group) for file in found] == [("P07_a-3", "P07_a")]
+    found = find_files(tmp_path, "{group}_{key}.png")
+    assert [(file.key, file.group) for file in found] == [("P07-a_3", "P07")]
+
+
+def test_the_key_does_not_depend_on_where_its_parts_stand(tmp_path):
+    touch(tmp_path, "P07/img/t1.png", "seg/t1_P07.png", "x/t1/P07/y.png")
+    assert [keys(tmp_path, pattern) for pattern in ("{group}/img/{key}.png", "seg/{key}_{group}.png",
+                                                    "x/{key}/{group}/y.png")] == [
+        {"P07/img/t1.png": "P07-t1"}, {"seg/t1_P07.png": "P07-t1"}, {"x/t1/P07/y.png": "P07-t1"}]
+    found, = find_files(tmp_path, "{group}/img/{key}.png")
+    assert fill("seg/{key}_{group}.png", found) == "seg/t1_P07.png"
 
 
 def test_a_wildcard_in_the_name_of_a_file_is_not_part_of_the_key(tmp_path):
-    touch(tmp_path, "a_x=1.png", "b_x=22.png")
-    assert keys(tmp_path, "{key}_x=*.png") == {"a_x=1.png": "a", "b_x=22.png": "b"}
+    touch(tmp_path, "a_x=1_HE.png", "b_x=22.png")
+    assert keys(tmp_path, "{key}_*.png") == {"a_x=1_HE.png": "a", "b_x=22.png": "b"}
 
 
-def test_pictures_that_do_not_fit_are_told(tmp_path):
-    touch(tmp_path, "x/frame#1.png", "x/Frame#2.png", "x/frame3.TIF", "x/notes.txt", "y/frame#4.png")
-    found, others = find_files(tmp_path, "x/frame#{key}.png")
-    assert [file.key for file in found] == ["1"] and others == ["x/Frame#2.png", "x/frame3.TIF"]
+def test_all_pictures_below_the_fixed_folders_of_a_pattern_are_found(tmp_path):
+    touch(tmp_path, "x/f#1.png", "x/sub/F#2.png", "x/f3.TIF", "x/notes.txt", "y/f#4.png", "x/.f#5.png", "x/.h/6.png",
+          "x/filter/7.png")
+    assert sorted(pictures_below(tmp_path, "x/f#{key}.png", {"x/filter"})) == ["x/f#1.png", "x/f3.TIF", "x/sub/F#2.png"]
+    assert len([*pictures_below(tmp_path, "{group}/f#{key}.png", {"x/filter"})]) == 4
+    assert len([*pictures_below(tmp_path, "{group}/f#{key}.png", ())]) == 5
 
 
 def test_links_to_folders_do_not_lead_in_circles(tmp_path):
@@ -65,7 +76,7 @@ def test_links_to_folders_do_not_lead_in_circles(tmp_path):
 
 def test_a_missing_partner_is_named_where_it_is_expected(tmp_path):
     touch(tmp_path, "P07/a/img/t1.png")
-    found, = find_files(tmp_path, "{group}/*/img/{key}.png")[0]
+    found, = find_files(tmp_path, "{group}/*/img/{key}.png")
     assert fill("{group}/*/mask/{key}_mask.png", found) == "P07/a/mask/t1_mask.png"
 
 

@@ -169,19 +169,22 @@ def test_an_outline_against_ignored_pixels_is_no_outline(shape):
         scores, labelled = metrics.surfaces(prediction, target, 3, tolerance=2), target != IGNORE
         for k in range(3):
             edges = [labelled_edge(labels == k, labelled) for labels in (target, prediction)]
-            seen.add(tuple(map(bool, edges)))
-            if all(edges):
+            present = [((labels == k) & labelled).any() for labels in (target, prediction)]
+            seen.add((*map(bool, present), *map(bool, edges)))
+            if all(present) and not all(edges):
+                assert np.isnan(scores[k]).all()
+            elif all(edges):
                 distances = cdist(*edges)
                 there, back = distances.min(1), distances.min(0)
                 near = (there <= 2).sum() + (back <= 2).sum()
                 assert scores[k].tolist() == pytest.approx(
                     [max(there.max(), back.max()), max(np.percentile(there, 95), np.percentile(back, 95)),
                      near / (len(there) + len(back))], abs=1e-6)
-            elif any(edges):
+            elif any(present):
                 assert scores[k].tolist() == [math.hypot(*shape), math.hypot(*shape), 0]
             else:
                 assert np.isnan(scores[k]).all()
-    assert len(seen) == 4
+    assert len(seen) >= 4
 
 
 def test_a_class_that_only_ignored_pixels_surround_has_no_surface_score():
@@ -189,8 +192,12 @@ def test_a_class_that_only_ignored_pixels_surround_has_no_surface_score():
     target[3:6, 3:6] = 1
     assert np.isnan(metrics.surfaces(np.ones((9, 9), np.uint8), target, 2, 1)).all()
     prediction = np.ones((9, 9), np.uint8)
-    prediction[4, 4] = 0  # an outline where the truth has none
-    assert metrics.surfaces(prediction, target, 2, 1)[1].tolist() == [math.hypot(9, 9)] * 2 + [0]
+    prediction[4, 4] = 0  # an outline where the truth has none: no distance, but class 0 is falsely predicted
+    scores = metrics.surfaces(prediction, target, 2, 1)
+    assert np.isnan(scores[1]).all() and scores[0].tolist() == [math.hypot(9, 9)] * 2 + [0]
+    target[4, 4] = 0  # and the other way round
+    scores = metrics.surfaces(np.ones((9, 9), np.uint8), target, 2, 1)
+    assert np.isnan(scores[1]).all() and scores[0].tolist() == [math.hypot(9, 9)] * 2 + [0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

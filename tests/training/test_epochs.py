@@ -7,15 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal, numpy_batches
+from helpers import arrays, as_store, assert_equal, numpy_batches
 
 from common.config_files import apply_overrides
 from common.console import Progress, UserError
+from common.masks import IGNORE
 from common.randomness import torch_seed
 from losses import make_loss
 from training import epochs
 from training.batches import copy_pixels
-from training.crops import draw_folds, training_crops, validation_crops
+from training.crops import Crops, draw_folds, training_crops, validation_crops
 from training.learner import build_learner
 from training.training_set import prepare_data
 
@@ -124,3 +125,19 @@ def test_the_mean_loss_is_over_images_and_not_over_batches(tiny):
     with Progress("", 1) as progress:
         losses = [epochs.run_pass(learner, data, crops, size, False, progress) for size in (7, 3, 1)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_images_of_ignored_pixels_are_in_no_mean(tiny):
+    data = prepare_data(tiny)
+    learner = build_learner(tiny, data.statistics)
+    rows, tiles = np.arange(6), arrays(data.store)
+    tiles[2:4, ..., 3] = IGNORE
+    blank = replace(data, store=as_store(tiles))
+
+    def loss(data, rows):
+        crops = Crops(rows, *(np.zeros(len(rows), int) for _ in range(4)), size=16)
+        with Progress("", 1) as progress:
+            return epochs.run_pass(learner, data, crops, 2, False, progress)
+
+    assert loss(blank, rows) == pytest.approx(loss(data, np.array([0, 1, 4, 5])), rel=1e-5)
+    assert math.isnan(loss(blank, rows[2:4]))

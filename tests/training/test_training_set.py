@@ -1,5 +1,7 @@
 """training/training_set.py: statistics of the training tiles only, and warnings about groups and repeated tiles."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,6 +35,16 @@ def test_tiles_smaller_than_the_crop_are_said_once_with_the_crop_that_suits_all(
     warning = capsys.readouterr().err
     assert "data.crop=48 on a side: 10 of 10." in warning and "data.crop=40" in warning
     assert warning.count("smaller") == 1
+
+
+def test_tiles_of_ignored_pixels_are_left_out(tiny, capsys):
+    before = prepare_data(tiny)
+    capsys.readouterr()
+    tiles = [tile for tile in read_tiles(tiny.data) if tile.split == "train"]
+    Image.new("L", (40, 48), 255).save(Path(tiny.data.root) / tiles[0].mask)
+    data = prepare_data(apply_overrides(tiny, ["data.ignore=255"]))
+    assert len(data.rows) == len(data.groups) == len(before.rows) - 1 and before.rows[0] not in data.rows
+    assert "training tiles in which no pixel has a class: 1" in capsys.readouterr().err
 
 
 def test_a_fold_that_repeats_its_tiles_often_gives_a_warning(tiny, capsys):
