@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -87,9 +86,8 @@ def find_pairs(data: Data) -> list[Tile]:
 
     Warn about pictures in the same folders, or in folders below them, that fit no pattern.
     """
-    root = Path(data.root)
-    report = os.path.relpath(data.list_folder / FILTER_FOLDER, root) if root.is_dir() else ""
-    skip = {Path(report).as_posix()}
+    root, report = Path(data.root), (data.list_folder / FILTER_FOLDER).resolve()
+    skip = {report.relative_to(root.resolve()).as_posix()} if report.is_relative_to(root.resolve()) else set()
     images, masks = _images_or_masks(*(find_files(root, pattern, skip) for pattern in (data.images, data.masks)), data)
     if not images and not masks:
         raise UserError(f"{root.resolve()}: no tiles found; expected {root / data.images} and {root / data.masks}. Set "

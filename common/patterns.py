@@ -72,7 +72,8 @@ def pictures_below(root: Path, pattern: str, skip: Collection[str]) -> Iterator[
     """Yield the paths of all pictures below the folder of `root` where the first token of a pattern stands."""
     start = TOKEN.split(composed(pattern))[0].rpartition("/")[0]
     for folder, folders, names in os.walk(root / start):
-        path = Path(folder).relative_to(root).as_posix().removeprefix(".")
+        path = Path(folder).relative_to(root).as_posix()
+        path = "" if path == "." else path
         folders[:] = [name for name in folders if name[0] != "." and _join(path, name) not in skip]
         yield from (_join(path, name) for name in names
                     if name[0] != "." and Path(name).suffix.lower() in SUFFIXES)

@@ -62,7 +62,8 @@ def test_a_wildcard_in_the_name_of_a_file_is_not_part_of_the_key(tmp_path):
 
 def test_all_pictures_below_the_fixed_folders_of_a_pattern_are_found(tmp_path):
     touch(tmp_path, "x/f#1.png", "x/sub/F#2.png", "x/f3.TIF", "x/notes.txt", "y/f#4.png", "x/.f#5.png", "x/.h/6.png",
-          "x/filter/7.png")
+          "x/filter/7.png", ".z/8.png")
+    assert [*pictures_below(tmp_path, ".z/{key}.png", ())] == [".z/8.png"]
     assert sorted(pictures_below(tmp_path, "x/f#{key}.png", {"x/filter"})) == ["x/f#1.png", "x/f3.TIF", "x/sub/F#2.png"]
     assert len([*pictures_below(tmp_path, "{group}/f#{key}.png", {"x/filter"})]) == 4
     assert len([*pictures_below(tmp_path, "{group}/f#{key}.png", ())]) == 5
