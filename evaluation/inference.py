@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from common.console import warn
 from common.devices import compile_by_shape, memory_format
 from common.geometry import reach
+from training.crops import mirrored
 from unet import UNet
 
 WINDOW = 1024  # pixels, the longest side of a window
@@ -100,8 +101,7 @@ def mirrored_indices(size: int, multiple: int) -> Tensor:
     Both ends get the same number of pixels; an odd one goes to the end. 500 at multiple 16 becomes 6 + 500 + 6 = 512.
     """
     margin = -size % multiple
-    positions = torch.arange(-(margin // 2), size + margin - margin // 2) % (2 * size)
-    return torch.where(positions < size, positions, 2 * size - 1 - positions)
+    return torch.from_numpy(mirrored(np.arange(-(margin // 2), size + margin - margin // 2), size)[0])
 
 
 def with_symmetries(network: Network) -> Network:

@@ -19,8 +19,8 @@ from dataset import SPLITS, Tile, find_pairs, places_by_group, split_by_group
 from filtering import audit, manual_edits
 
 TILES_PER_WORKER = 64  # fewer are judged before another process has started
-SHOWN = 8  # codes in a message, if there are more than MOST_CLASSES
-MOST_CLASSES = 20  # with more codes, masks are taken to be smooth or smeared
+SHOWN = 8  # codes in a message, if there are more than MOST_LISTED
+MOST_LISTED = 20  # with more codes, masks are taken to be smooth or smeared
 MOST_CODES = 256  # that are kept of one mask: a photograph has many thousands
 
 
@@ -70,7 +70,7 @@ def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMa
 
     Raise a `UserError` if most masks hold unknown values or colours, since then the config is wrong.
     """
-    data, surveyed, unknown = config.data, [], []
+    data, surveyed, unknown = config.data, [], 0
     pixels, sizes = np.zeros((len(tiles), len(data.classes)), np.int64), np.zeros((len(tiles), 2), np.int64)
     totals, masks = Counter(), Counter()  # of each code: pixels, masks that hold it
     palette: dict[int, tuple[int, str]] = {}  # of each index: its colour, and the first mask that uses it
@@ -80,14 +80,13 @@ def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMa
             totals.update(checked.codes)
             masks.update(checked.codes.keys())
             sizes[i] = checked.size or 0
-            for index in sorted(checked.codes) if checked.palette else ():
-                colour, first = palette.setdefault(index, (checked.palette[index], tile.mask))
-                if colour != checked.palette[index] and not contradiction:
-                    contradiction = (f"{index} is {name_of(colour)} in {first}, but {name_of(checked.palette[index])} "
-                                     f"in {tile.mask}")
+            for index, colour in checked.palette.items():
+                known, first = palette.setdefault(index, (colour, tile.mask))
+                if known != colour and not contradiction:
+                    contradiction = f"{index} is {name_of(known)} in {first}, but {name_of(colour)} in {tile.mask}"
             if checked.problem:
                 tile = replace(tile, proposed="corrupt", reason=checked.problem)
-                unknown += [i] if checked.size else []
+                unknown += checked.size is not None
             else:
                 pixels[i] = checked.pixels
                 labelled = int(checked.pixels.sum())
@@ -99,8 +98,8 @@ def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMa
     readable = int((sizes[:, 0] > 0).sum())
     if not readable:
         raise UserError(f"{data.root}: none of {len(tiles)} pairs can be read; the first: {surveyed[0].reason}")
-    if 2 * len(unknown) > readable:
-        raise UserError(f"{data.root}: {len(unknown)} of {readable} masks hold "
+    if 2 * unknown > readable:
+        raise UserError(f"{data.root}: {unknown} of {readable} masks hold "
                         + _describe_codes(totals, masks, int(sizes.prod(axis=1).sum()), data)
                         + (f". {describe_palette(colours)}" if colours else ""))
     return FilterResult(surveyed, sizes, pixels, totals, colours, contradiction)
@@ -113,7 +112,7 @@ class CheckedMask:
     size: tuple[int, ...] | None = None  # height and width; None if it cannot be read
     codes: dict[int, int] = field(default_factory=dict)  # pixels of each code, at most MOST_CODES
     pixels: np.ndarray | None = None  # (K,) of each class
-    palette: tuple[int, ...] = ()  # the colour of each index, if the mask is read by index
+    palette: dict[int, int] = field(default_factory=dict)  # the colour of each index that it uses, if read by index
     problem: str = ""
 
 
@@ -128,10 +127,11 @@ def check_mask(data: Data, tile: Tile) -> CheckedMask:
     codes, counts = count_codes(mask.codes)
     most = np.argsort(-counts, kind="stable")[:MOST_CODES]
     found = dict(zip(codes[most].tolist(), counts[most].tolist(), strict=True))
+    palette = {index: mask.palette[index] for index in sorted(found)} if mask.palette else {}
     try:
-        return CheckedMask(size, found, count_classes(root / tile.mask, codes, counts, data), mask.palette)
+        return CheckedMask(size, found, count_classes(root / tile.mask, codes, counts, data), palette)
     except UserError as error:
-        return CheckedMask(size, found, palette=mask.palette, problem=str(error))
+        return CheckedMask(size, found, palette=palette, problem=str(error))
 
 
 def _describe_codes(totals: Counter[int], masks: Counter[int], pixels: int, data: Data) -> str:
@@ -145,11 +145,11 @@ def _describe_codes(totals: Counter[int], masks: Counter[int], pixels: int, data
     if data.threshold is not None:
         expected = f"the grey levels that data.threshold={data.threshold} divides"
     number = len(totals)
-    codes = sorted(code for code, _ in totals.most_common(SHOWN if number > MOST_CLASSES else MOST_CLASSES))
+    codes = sorted(code for code, _ in totals.most_common(SHOWN if number > MOST_LISTED else MOST_LISTED))
     shares = ", ".join(f"{name_of(code)} ({totals[code] / pixels:.1%} of the pixels, in {masks[code]} masks)"
                        for code in codes)
     start = f"{kind} that are not in {expected}. "
-    if number > MOST_CLASSES:
+    if number > MOST_LISTED:
         of_two = (". For two classes with smooth or smeared edges set data.threshold=128 and name the two in "
                   "data.classes" if kind == "values" else "")
         return (f"{start}The {SHOWN} most frequent of {number}: {shares}. A mask must have one of the {kind} for each "

@@ -11,7 +11,6 @@ from common.console import UserError, warn
 from common.devices import choose_device
 from common.statistics import Statistics, statistics_of
 from common.store import Store, open_store
-from dataset import warn_about_small_tiles
 from training.batches import store_on
 from training.crops import draw_folds
 
@@ -42,7 +41,7 @@ def prepare_data(config: Config) -> TrainingSet:
     if not labelled.all():
         warn(f"{path}: training tiles in which no pixel has a class: {np.count_nonzero(~labelled)}. They are left out")
         rows = rows[labelled]
-    warn_about_small_tiles(store.sizes[rows], config)
+    dataset.warn_about_small_tiles(store.sizes[rows], config)
     warn_about_repeats(draw_first_folds(tiles, rows, config))
     return TrainingSet(store_on(choose_device(config.device), store), rows, [tiles[i].group for i in rows],
                        statistics_of(store.sums[rows]), dataset.identity(tiles))

@@ -21,7 +21,7 @@ SIDE, TILES_OF_A_SLIDE = 64, 10
 
 
 def write(root: Path, count: int) -> Config:
-    """Write pairs of images and masks, of which no two are equal; return a config that reads them."""
+    """Write pairs of images and masks, no two images alike; return a config that reads them."""
     config = Config(data=Data(root=str(root), group=r"^(s\d+)", crop=SIDE), model=Model(widths=(4, 8)))
     random = np.random.default_rng(0)
     images = random.integers(60, 200, (100, SIDE, SIDE, 3)).astype(np.uint8)
