@@ -11,8 +11,16 @@ The central lumen of a tumour gland is tissue, because the epithelium only surro
 are tumour.
 
 Some tiles have a planted defect, like masks that were made by image registration: no tissue at all (`empty`), a mask
-that is `shifted` or `rotated`, tissue annotated on glass (`over_glass`) or tissue left out (`left_out`). OUT/truth.csv
-names the defect of every tile, and OUT/truth/ holds the clean masks.
+that is `shifted`, `rotated` or `deformed`, tissue annotated on glass (`over_glass`) or tissue left out (`left_out`).
+OUT/truth/ holds the clean masks, and OUT/truth.csv says of every mask
+
+    defect      what was done to it
+    dx, dy      px by which it lies too far right and too low, at the centre of the tile
+    angle       degrees by which it is turned clockwise around this centre
+    bend        px by which its most displaced point lies off, if it is deformed
+    foreground  share of the clean mask that is not background
+    wrong       share of its pixels that are wrong
+    visible     share of its pixels that are wrong about what is background
 
 A tile depends on the seed, its slide, its number and the size, but not on the number of tiles or slides.
 """
@@ -37,10 +45,10 @@ from common.workers import cores, worker_map
 
 CLASSES = ("background", "tissue", "tumour")
 MASK_VALUES = np.array([26, 51, 77], np.uint8)
-DEFECTS = {"empty": 0.125, "shifted": 0.07, "rotated": 0.05, "over_glass": 0.055, "left_out": 0.055}
-COLUMNS = ("key", "slide", "defect", "dx", "dy", "angle", "foreground", "wrong")
+DEFECTS = {"empty": 0.125, "shifted": 0.07, "rotated": 0.05, "over_glass": 0.055, "left_out": 0.055, "deformed": 0.05}
+COLUMNS = ("key", "slide", "defect", "dx", "dy", "angle", "bend", "foreground", "wrong", "visible")
 
-MARGIN = 160  # px around a tile that are laid out too, because a shifted or rotated mask shows them
+MARGIN = 160  # px around a tile that are laid out too, because a mask that lies off shows them
 STEP = 4  # px between the points where a layout is computed; finer details are texture
 TILES_BETWEEN_SLIDES = 19  # so that the plans of 20 tiles on each slide continue those of the slide before
 SLIDE, LAYOUT, PAINT, SPOIL = range(4)  # random streams: a change to one step does not change the others
@@ -135,8 +143,11 @@ def make_slide(seed: int, slide: int) -> Slide:
     )
 
 
-def make_plan(seed: int, slide: int, number: int) -> Plan:
-    """Spread shares and defects evenly over any number of tiles. Tile 0 of a slide is clean and has all classes."""
+def make_plan(seed: int, slide: int, number: int, visible: bool = False) -> Plan:
+    """Spread shares and defects evenly over any number of tiles. Tile 0 of a slide is clean and has all classes.
+
+    `visible`: every tile whose mask has a defect shows both glass and tissue.
+    """
     if number == 0:
         return Plan("none", 0.45, 0.5)
     index = seed * 7919 + slide * TILES_BETWEEN_SLIDES + number
@@ -147,7 +158,7 @@ def make_plan(seed: int, slide: int, number: int) -> Plan:
         return Plan(defect, 1.0, 0.0)
     if defect == "left_out":
         return Plan(defect, 0.4 * glass, tumour)
-    if defect != "none":
+    if defect == "over_glass" or (visible and defect != "none"):
         return Plan(defect, 0.3 + 0.4 * glass, tumour)
     return Plan(defect, 0.0 if glass < 0.14 else float(np.interp(glass, [0.14, 1], [0.25, 0.94])), tumour)
 
@@ -450,49 +461,60 @@ def develop(rng: Generator, slide: Slide, stains: np.ndarray) -> np.ndarray:
     return np.rint(image).clip(0, 255).astype(np.uint8)
 
 
-def spoil(rng: Generator, defect: str, layout: Layout, size: int) -> tuple[np.ndarray, dict]:
-    """Return the mask to write (size, size), and what was done to it: dx, dy in px, angle in degrees."""
+def spoil(rng: Generator, defect: str, layout: Layout, size: int, visible: bool) -> tuple[np.ndarray, dict]:
+    """Return the mask to write (size, size), and what was done to it, by the columns of truth.csv.
+
+    `visible`: of a shift and its opposite, plant the one that lays more tissue on glass.
+    """
     clean = layout.field[MARGIN : MARGIN + size, MARGIN : MARGIN + size]
+    y, x = np.meshgrid(*[np.arange(size)] * 2, indexing="ij")
     if defect == "shifted":
         angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(45, 135)
         dx, dy = round(length * np.cos(angle)), round(length * np.sin(angle))
-        # of a shift and its opposite, the filter can see better the one that lays more tissue on glass
-        shifts = [(layout.field[MARGIN - b :, MARGIN - a :][:size, :size], {"dx": a, "dy": b})
+        shifts = [(layout.field[MARGIN - b :, MARGIN - a :][:size, :size], {"dx": a, "dy": b, "angle": 0})
                   for a, b in ((dx, dy), (-dx, -dy))]
-        return max(shifts, key=lambda shift: np.sum((shift[0] > 0) & (clean == 0)))
+        return max(shifts, key=lambda shift: np.sum((shift[0] > 0) & (clean == 0))) if visible else shifts[0]
     if defect == "rotated":
         angle = round(rng.uniform(8, 25) * rng.choice([-1, 1]), 1)
         cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-        turn, centre = np.array([[cos, -sin], [sin, cos]]), rng.uniform(0.25, 0.75, 2) * size
-        return ndimage.affine_transform(layout.field, turn, centre + MARGIN - turn @ centre, (size, size), order=0,
-                                        mode="nearest"), {"angle": angle}
+        turn, pivot = np.array([[cos, -sin], [sin, cos]]), rng.uniform(0.25, 0.75, 2) * size
+        from_centre = pivot - (size - 1) / 2
+        dy, dx = from_centre - turn.T @ from_centre  # of the tile's centre, because the pivot stays
+        mask = ndimage.affine_transform(layout.field, turn, pivot + MARGIN - turn @ pivot, (size, size), order=0,
+                                        mode="nearest")
+        return mask, {"dx": f"{dx:.1f}", "dy": f"{dy:.1f}", "angle": angle}
+    if defect == "deformed":
+        bend, offsets = rng.uniform(10, 25), [cloud(rng, size, size / 3) for _ in range(2)]
+        offsets = [offset * bend / np.hypot(*offsets).max() for offset in offsets]
+        places = [MARGIN + place + offset for place, offset in zip((y, x), offsets, strict=True)]
+        return ndimage.map_coordinates(layout.field, places, order=0), {"bend": f"{bend:.1f}"}
     if defect == "over_glass":
         depth = np.quantile(layout.tissue[clean == 0], rng.uniform(0.03, 0.25))
         return np.where((clean == 0) & (layout.tissue > depth), 1, clean).astype(np.uint8), {}
     if defect == "left_out":
-        y, x = np.meshgrid(*[np.arange(size)] * 2, indexing="ij")
         angle = rng.uniform(0, 2 * np.pi)
         slope = x * np.cos(angle) + y * np.sin(angle) + 0.08 * size * cloud(rng, size, size / 5)
         return np.where(slope < np.quantile(slope[clean > 0], rng.uniform(0.35, 0.65)), 0, clean).astype(np.uint8), {}
     return clean, {}
 
 
-def make_tile(seed: int, slide: int, number: int, size: int) -> DemoTile:
+def make_tile(seed: int, slide: int, number: int, size: int, visible: bool = False) -> DemoTile:
     """Draw one tile; the same arguments give the same bytes."""
-    look, plan = make_slide(seed, slide), make_plan(seed, slide, number)
+    look, plan = make_slide(seed, slide), make_plan(seed, slide, number, visible)
     layout = lay_out(stream(seed, slide, number, LAYOUT), look, plan, size)
     paint_rng = stream(seed, slide, number, PAINT)
     image = develop(paint_rng, look, paint(paint_rng, look, layout, size))
     clean = layout.field[MARGIN : MARGIN + size, MARGIN : MARGIN + size]
-    written, change = spoil(stream(seed, slide, number, SPOIL), plan.defect, layout, size)
+    written, change = spoil(stream(seed, slide, number, SPOIL), plan.defect, layout, size, visible)
     row = {"key": f"s{slide:02d}-{number:04d}", "slide": f"s{slide:02d}", "defect": plan.defect, **change,
-           "foreground": f"{np.mean(clean > 0):.6f}", "wrong": f"{np.mean(written != clean):.6f}"}
+           "foreground": f"{np.mean(clean > 0):.6f}", "wrong": f"{np.mean(written != clean):.6f}",
+           "visible": f"{np.mean((written > 0) != (clean > 0)):.6f}"}
     return DemoTile(image, written, clean, row)
 
 
-def write_tile(out: Path, seed: int, size: int, place: tuple[int, int]) -> tuple[dict, np.ndarray]:
+def write_tile(out: Path, seed: int, size: int, visible: bool, place: tuple[int, int]) -> tuple[dict, np.ndarray]:
     """Write the tile (slide, number). Returns its row of truth.csv and the shares (3,) of its clean mask."""
-    tile = make_tile(seed, *place, size)
+    tile = make_tile(seed, *place, size, visible)
     key = tile.row["key"]
     for name, pixels in ((f"frames/frame#{key}.png", tile.image), (f"masks/mask#{key}.png", MASK_VALUES[tile.written]),
                          (f"truth/mask#{key}.png", MASK_VALUES[tile.clean])):
@@ -500,14 +522,15 @@ def write_tile(out: Path, seed: int, size: int, place: tuple[int, int]) -> tuple
     return tile.row, np.bincount(tile.clean.ravel(), minlength=3) / size**2
 
 
-def write_data_set(out: Path, tiles: int, slides: int, size: int, seed: int) -> list[tuple[dict, np.ndarray]]:
+def write_data_set(out: Path, tiles: int, slides: int, size: int, seed: int,
+                   visible: bool = False) -> list[tuple[dict, np.ndarray]]:
     """Write all tiles into the existing folder `out`. Returns what `write_tile` returns, in the order of the keys."""
     for name in ("frames", "masks", "truth"):
         (out / name).mkdir()
     jobs = sorted((index % slides, index // slides) for index in range(tiles))
     written = []
     with worker_map(min(cores(), tiles)) as parallel_map, Progress("draw", total=tiles, unit="tile") as progress:
-        for row_and_shares in parallel_map(partial(write_tile, out, seed, size), jobs):
+        for row_and_shares in parallel_map(partial(write_tile, out, seed, size, visible), jobs):
             written.append(row_and_shares)
             progress.advance()
     with (out / "truth.csv").open("w", newline="", encoding="utf-8") as file:
@@ -537,6 +560,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     limits = {"tiles": (1, 99_999), "slides": (1, 99), "size": (128, 1024), "seed": (0, 2**31)}
     for (name, (low, high)), default in zip(limits.items(), (240, 12, 500, 0), strict=True):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{low} to {high} (default: {default})")
+    parser.add_argument("--visible-defects", action="store_true", help="move masks only on tiles with 30 to 70 %% of "
+                        "glass, and of a shift and its opposite plant the one that lays more tissue on glass: what a "
+                        "filter sees best (default: on any tile, either shift)")
     args = parser.parse_args(arguments)
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
@@ -556,7 +582,7 @@ def main(arguments: list[str] | None = None) -> None:
     with writing(args.out):
         partial.mkdir(parents=True)
         try:
-            written = write_data_set(partial, args.tiles, args.slides, args.size, args.seed)
+            written = write_data_set(partial, args.tiles, args.slides, args.size, args.seed, args.visible_defects)
             partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
