@@ -3,10 +3,14 @@ r"""Clean a folder of tiles: judge every image and its mask, split what is kept,
     python data_filter.py --config configs/demo.yaml
     python data_filter.py --config configs/dice_ce.yaml data.root=data/mine "data.group=^(slide\d+)"
 
+    python data_filter.py --config configs/demo.yaml filter.repair=true
+    python data_filter.py --config configs/demo.yaml filter.repair=true --model runs/demo.part*
+
 A tile is dropped as `sparse` by the report's 1 % rule and as `misregistered` by its Algorithm 1. Settings can add the
-verdicts `unmarked`, `shifted` and `duplicate` (docs/filtering.md). Every tile stays in tiles.csv with its measurements,
-and DATA/filter/ shows what was kept and dropped. To overrule a verdict, edit the column `split` of tiles.csv: train and
-test keep a tile, `excluded` drops it. Later runs keep every verdict that was set by hand.
+verdicts `unmarked`, `shifted`, `disputed` and `duplicate` (docs/filtering.md). filter.repair gives a tile a new mask in
+DATA/repaired/ instead of dropping it, where possible. Every tile stays in tiles.csv with its measurements, and
+DATA/filter/ shows what was kept, repaired and dropped. To overrule a verdict, edit the column `split` of tiles.csv:
+train and test keep a tile, `excluded` drops it. Later runs keep every verdict that was set by hand.
 """
 
 import os
@@ -31,8 +35,8 @@ from dataset import (
     warn_about_small_tiles,
     write_tiles,
 )
-from filtering import manual_edits, report
-from filtering.pipeline import FilterResult, filter_tiles
+from filtering import manual_edits, new_masks, report
+from filtering.pipeline import FilterResult, Model, filter_tiles
 
 
 def main() -> None:
@@ -40,14 +44,24 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="an experiment, for example configs/demo.yaml")
     parser.add_argument("--skip-corrupt", action="store_true",
                         help="list tiles that cannot be read as `corrupt` and continue (default: stop after judging)")
+    parser.add_argument("--model", nargs="+", default=[], metavar="RUN", help="also measure every mask against trained "
+                        "models. Each tile is asked of a model that did not learn from it; python -m tools.cross_fit "
+                        "trains such models")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core, or fewer)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
+    after_model = [word for word in args.model if "=" in word and not Path(word).exists()]  # --model takes all words
+    args.model = [word for word in args.model if word not in after_model]
+    args.overrides += after_model
     config = load_config(args.config, args.overrides)
     root, lists = Path(config.data.root), config.data.list_folder
     path, folder = lists / TILE_LIST, lists / FILTER_FOLDER
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers must be at least 1; it is {args.workers}")
+    if config.filter.relabel and not args.model:
+        raise UserError("filter.relabel needs --model RUN ...: the models whose predictions become masks")
+    if config.filter.max_disagreement is not None and not args.model:
+        raise UserError("filter.max_disagreement needs --model RUN ...: the models that may disagree")
     existing = next(folder for folder in (lists, *lists.absolute().parents) if folder.exists())
     if root.is_dir() and not os.access(existing, os.W_OK):
         raise UserError(f"{lists}: {TILE_LIST} cannot be written there; allow writing, or set data.cache to a folder "
@@ -55,7 +69,8 @@ def main() -> None:
     check_list_folder(config.data)
     check_replaceable(folder)
     text, before = _contents(path), manual_edits.read_earlier_list(path, root)
-    result = filter_tiles(config, args.workers, before, partial(announce, config=config))
+    model = load_models(args.model, config)
+    result = filter_tiles(config, args.workers, before, partial(announce, config=config), model)
     reject_corrupt(result.tiles, args.skip_corrupt)
     changes = manual_edits.differences(before, text, result.tiles)
     make_list_folder(config.data)
@@ -69,11 +84,22 @@ def main() -> None:
             raise UserError(f"{root}: none of {len(result.tiles)} tiles passes the filter; look at {folder}, then fix "
                             "the masks or relax filter.min_foreground and filter.max_blank")
         claim_list_folder(config.data)
+        new_masks.write(result.new_masks, config.data)
         write_tiles(path, result.tiles)
+        new_masks.remove_others(result.new_masks, result.by_hand, config.data)
     print(*report.remarks(result), *changes, "", report.verdicts(result, config.data.classes), sep="\n")
     warn_about(result, config)
     print(f"\nwrote {path}. To check it, look at {folder}: {names_in(folder)}\n"
           f"next:  {command('python', 'train.py', '--config', args.config, *args.overrides)}")
+
+
+def load_models(runs: Sequence[str], config: Config) -> Model | None:
+    """Load the networks that are asked about the tiles; this is the only part of the filter that needs torch."""
+    if not runs:
+        return None
+    from evaluation.unseen import UnseenTiles
+
+    return UnseenTiles.of_runs([Path(run) for run in runs], config)
 
 
 def _contents(path: Path) -> bytes:

@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,17 +26,20 @@ from common.store import Pair
 
 TILE_LIST = "tiles.csv"
 FILTER_FOLDER = "filter"  # beside the list: the report of the filter
+NEW_MASKS = "repaired"  # beside the list: the masks that the filter made
+WRITTEN = ".written.json"  # in that folder: which files the filter wrote
 CACHE_NOTE = "data_root.txt"  # in data.cache: the data folder whose list lies there
 SPLITS = ("train", "test")
-DROPPED = ("unlabelled", "sparse", "misregistered", "unmarked", "shifted", "duplicate", "corrupt",
+DROPPED = ("unlabelled", "sparse", "misregistered", "unmarked", "shifted", "disputed", "duplicate", "corrupt",
            "excluded")  # by hand
+GIVEN, REPAIRED, MODEL = "given", "repaired", "model"  # in `mask_from`; the last is followed by the name of a run
 
 
 @dataclass(frozen=True)
 class Tile:
     """A row of tiles.csv: a pair of files, the measurements of the filter, its verdict. Paths are below data.root.
 
-    Pixels without a class (data.ignore) are left out of every measurement.
+    All measurements but `ignored` are of the given mask; its pixels without a class (data.ignore) are left out.
     """
 
     key: str
@@ -47,23 +49,48 @@ class Tile:
     foreground: float | None = None  # share of the mask that is not background
     blank: float | None = None  # share of the annotated tissue where the image shows glass (Algorithm 1)
     unmarked: float | None = None  # share of the tile where the image shows tissue and the mask says background
-    shift_x: float | None = None  # pixels by which the mask lies too far right
+    shift_x: float | None = None  # pixels by which the mask lies too far right, at the centre of the tile
     shift_y: float | None = None  # pixels by which the mask lies too low
-    confidence: float | None = None  # in this shift, from 0 to 1
+    angle: float | None = None  # degrees by which the mask is turned clockwise
+    shift: float | None = None  # pixels by which the corner of the mask lies off that lies farthest off
+    confidence: float | None = None  # in this move, from 0 to 1
+    quality: float | None = None  # of the labels, from 0 to 1, according to a model; so are the next ones
+    disagreement: float | None = None  # share of the labelled pixels where the model is sure of another class
+    model_shift_x: float | None = None
+    model_shift_y: float | None = None
+    model_angle: float | None = None
+    model_shift: float | None = None
+    model_confidence: float | None = None
+    ignored: float | None = None  # share of the pixels of the filter's new mask that have no class
+    mask_from: str = GIVEN  # the mask in use, which a person may edit: given, repaired, or model RUN
     proposed: str = ""  # the filter's verdict
     split: str = ""  # the verdict in force, which a person may edit: train, test, or why the tile is dropped
     by_hand: str = ""  # the verdict that a person had set when the filter ran last
-    reason: str = ""  # why the tile is corrupt, or which tile shows the same image
+    reason: str = ""  # why the tile is corrupt, which tile shows the same image, how the mask was repaired or why not
     note: str = ""  # written by a person
+    digest: str = ""  # of the image's pixels, from which a run's training tiles are known again
+
+    @property
+    def has_new_mask(self) -> bool:
+        return self.mask_from != GIVEN
+
+    @property
+    def is_relabelled(self) -> bool:
+        return self.mask_from.startswith(MODEL)
+
+    @property
+    def new_mask(self) -> str:
+        """Where a mask in place of the given one lies, below data.list_folder."""
+        return f"{NEW_MASKS}/{self.key}.png"
 
     @property
     def pair(self) -> Pair:
-        return Pair(self.image, self.mask)
+        """The files in use."""
+        return Pair(self.image, self.new_mask, True) if self.has_new_mask else self.given_pair
 
     @property
-    def shift(self) -> float | None:
-        """Pixels by which the mask lies off."""
-        return None if self.shift_x is None or self.shift_y is None else math.hypot(self.shift_x, self.shift_y)
+    def given_pair(self) -> Pair:
+        return Pair(self.image, self.mask)
 
     @property
     def manual_verdict(self) -> str:
@@ -76,6 +103,11 @@ class Tile:
         return self.by_hand if self.proposed in (self.by_hand, "corrupt") else ""
 
 
+def digest_of(image: np.ndarray) -> str:
+    """Return the digest of an image (H, W, 3) uint8 in the list of tiles."""
+    return hashlib.sha256(image).hexdigest()[:16]
+
+
 MEASUREMENTS = tuple(f.name for f in fields(Tile) if f.type == float | None)
 
 
@@ -86,8 +118,11 @@ def find_pairs(data: Data) -> list[Tile]:
 
     Warn about pictures in the same folders, or in folders below them, that fit no pattern.
     """
-    root, report = Path(data.root), (data.list_folder / FILTER_FOLDER).resolve()
-    skip = {report.relative_to(root.resolve()).as_posix()} if report.is_relative_to(root.resolve()) else set()
+    root = Path(data.root)
+    ours = [(data.list_folder / FILTER_FOLDER).resolve()]
+    if (data.list_folder / NEW_MASKS / WRITTEN).exists():
+        ours.append((data.list_folder / NEW_MASKS).resolve())
+    skip = {path.relative_to(root.resolve()).as_posix() for path in ours if path.is_relative_to(root.resolve())}
     images, masks = _images_or_masks(*(find_files(root, pattern, skip) for pattern in (data.images, data.masks)), data)
     if not images and not masks:
         raise UserError(f"{root.resolve()}: no tiles found; expected {root / data.images} and {root / data.masks}. Set "
@@ -296,6 +331,13 @@ def _tile_of(row: dict, where: str) -> Tile:
     for name in ("image", "mask"):
         if Path(values[name]).is_absolute() or ".." in Path(values[name]).parts:
             raise UserError(f"{where}: {name} '{values[name]}' leaves the data folder; give a path below it")
+    source = values.setdefault("mask_from", GIVEN) or GIVEN
+    if source not in (GIVEN, REPAIRED) and not source.startswith(f"{MODEL} "):
+        raise UserError(f"{where}: mask_from is '{source}'; expected {GIVEN}, {REPAIRED} or {MODEL} RUN")
+    if source.startswith(MODEL) and values["split"] == "test":
+        raise UserError(f"{where}: the labels of tile '{values['key']}' are predictions ({source}), which are no truth "
+                        "to test on; set split to train or excluded")
+    values["mask_from"] = source
     for name in MEASUREMENTS:
         try:  # some spreadsheets write 0,5
             values[name] = float(values[name].replace(",", ".")) if values.get(name) else None
@@ -306,5 +348,6 @@ def _tile_of(row: dict, where: str) -> Tile:
 
 def identity(tiles: Iterable[Tile]) -> str:
     """Return a sha256 of what a run depends on: key, files, group and split of the kept tiles, in any order."""
-    kept = sorted((tile.key, tile.image, tile.mask, tile.group, tile.split) for tile in tiles if tile.split in SPLITS)
+    kept = sorted((tile.key, tile.image, tile.mask, tile.group, tile.split, *([tile.mask_from] * tile.has_new_mask))
+                  for tile in tiles if tile.split in SPLITS)
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()

@@ -43,7 +43,7 @@ def start(config: Config) -> None:
     run_folder.reject_existing(folder)
     data = prepare_data(config)
     learner = build_learner(config, data.statistics)
-    run_folder.create_run(folder, config)
+    run_folder.create_run(folder, config, data.tiles)
     with run_folder.locked_run(folder), explained_errors(folder):
         run_folder.record_start(folder, config, learner.device, learner.precision)
         train(learner, data, config, folder, [])

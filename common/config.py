@@ -1,7 +1,7 @@
 """All settings of an experiment with their checks. The defaults are those of the report's section 5.2."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +105,12 @@ class Data:
         return by_default if self.masks_by == "auto" else self.masks_by == "colour"
 
     @property
+    def of_new_masks(self) -> "Data":
+        """How the filter's own masks are read: the index of each class, 255 without one."""
+        return replace(self, mask_values=tuple(range(len(self.classes))), colours=(), masks_by="index", threshold=None,
+                       ignore=(255,))
+
+    @property
     def list_folder(self) -> Path:
         """The folder of tiles.csv, the packed store and the filter's report."""
         return Path(self.cache or self.root)
@@ -120,19 +126,33 @@ class Filter:
     blank_reference: Literal["absolute", "maximum"] = "absolute"  # 255 (the text) or the tile's maximum (the code)
     max_blank: float | None = 0.075  # misregistered: a tile with at least this share of glass in its annotated tissue
     max_unmarked: float | None = None  # unmarked: at least this share of the tile is tissue that the mask leaves out
-    max_shift: float | None = None  # shifted: the mask lies off by at least this many pixels, with min_confidence
-    min_confidence: float = 0.5  # a shift with less confidence is ignored
+    max_shift: float | None = None  # shifted: a corner of the mask is off by at least these pixels, with min_confidence
+    min_confidence: float = 0.25  # a shift with less confidence is ignored
+    max_disagreement: float | None = None  # disputed: a model (--model) is sure of other classes in this share
+    sure: float = 0.9  # probability from which a model is sure of a class
     drop_duplicates: bool = False  # keep only the first of the tiles that show the same image
+    repair: bool = False  # give a tile that the limits drop for its mask a repaired mask, if possible
+    relabel: bool = False  # give one that cannot be repaired what a model (--model) predicts, never in the test set
+    max_ignored: float = 0.5  # a new mask that takes the class of more than this share of a mask's pixels is no repair
 
     def __post_init__(self):
-        for name in ("min_foreground", "min_confidence", "max_blank", "max_unmarked"):
-            value, or_off = getattr(self, name), ", or off" if name.startswith("max") else ""
+        for name in ("min_foreground", "min_confidence", "max_blank", "max_unmarked", "max_disagreement", "sure",
+                     "max_ignored"):
+            value = getattr(self, name)
+            or_off = ", or off" if getattr(Filter, name) is None or name == "max_blank" else ""
             check(value is None or 0 <= value <= 1, f"filter.{name} must be a share from 0 to 1{or_off}; it is {value}")
+        check(not self.relabel or self.sure > 0.5, "filter.relabel needs filter.sure above 0.5; it is "
+              f"{self.sure}")
         check(self.sigma > 0, f"filter.sigma must be positive; it is {self.sigma}")
         check(0 <= self.blank_intensity <= 255, "filter.blank_intensity must be a grey level from 0 to 255; it is "
               f"{self.blank_intensity}")
         check(self.max_shift is None or self.max_shift >= 0, "filter.max_shift must be a number of pixels, or off; it "
               f"is {self.max_shift}")
+
+
+    @property
+    def makes_masks(self) -> bool:
+        return self.repair or self.relabel
 
 
 @dataclass(frozen=True)
@@ -190,8 +210,12 @@ class Train:
     early_stop: int = 50  # epochs without a new minimum of the survivor's validation loss
     precision: Literal["auto", "bf16", "float32"] = "auto"
     compile: bool = False  # torch.compile, with CUDA graphs on a GPU
+    leave_out: str = ""  # j/k: do not learn from part j of k of the groups (tools/cross_fit.py); "" = learn from all
 
     def __post_init__(self):
+        part, _, parts = self.leave_out.partition("/")
+        check(not self.leave_out or (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) >= 2),
+              f"train.leave_out must be such as 2/5, the second of five parts; it is '{self.leave_out}'")
         for name, least in (("epochs", 1), ("folds", 2), ("images_per_epoch", 1), ("batch_size", 1), ("early_stop", 1)):
             check(getattr(self, name) >= least, f"train.{name} must be at least {least}; it is {getattr(self, name)}")
         check(self.images_per_epoch % self.folds == 0, f"train.images_per_epoch ({self.images_per_epoch}) must be a "

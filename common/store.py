@@ -29,10 +29,14 @@ HEADER_BYTES = 4096  # one memory page, so that the pixels stay aligned
 
 
 class Pair(NamedTuple):
-    """The files of a tile, below data.root."""
+    """The files of a tile: the image below data.root, and so the mask, unless it is a new one of the filter."""
 
     image: str
     mask: str
+    is_new: bool = False  # the mask lies below data.list_folder and is read by data.of_new_masks
+
+    def paths(self, data: Data) -> tuple[Path, Path]:
+        return Path(data.root) / self.image, (data.list_folder if self.is_new else Path(data.root)) / self.mask
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,12 @@ def open_store(pairs: Sequence[Pair], data: Data) -> Store:
 
 def _signature(pairs: Sequence[Pair], data: Data) -> str:
     settings = [getattr(data, name) for name in ("classes", *MASK_SETTINGS)]
-    digest, root = hashlib.sha256(repr(settings).encode()), Path(data.root)
-    for name in (name for pair in pairs for name in pair):
-        with reading(root / name):
-            stat = (root / name).stat()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    digest = hashlib.sha256(repr(settings).encode())
+    for pair in pairs:
+        for name, path in zip(pair[:2], pair.paths(data), strict=True):
+            with reading(path):
+                stat = path.stat()
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
@@ -131,15 +136,15 @@ def _pack(path: Path, pairs: Sequence[Pair], data: Data, signature: str) -> None
 
 def read_pair(pair: Pair, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """Return image (H, W, 3) and classes (H, W), both uint8 and of one size."""
-    root = Path(data.root)
-    image, labels = read_image(root / pair.image), read_mask(root / pair.mask, data)
+    image_path, mask_path = pair.paths(data)
+    image, labels = read_image(image_path), read_mask(mask_path, data.of_new_masks if pair.is_new else data)
     reject_different_sizes(pair, data, image.shape[:2], labels.shape)
     return image, labels
 
 
 def reject_different_sizes(pair: Pair, data: Data, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
     """Raise a `UserError` unless the sizes (height, width) of a tile's image and mask agree."""
-    root = Path(data.root)
     if image != mask:
-        raise UserError(f"{root / pair.mask}: the mask is {mask[0]} x {mask[1]} pixels (height x width), its image "
-                        f"{root / pair.image} is {image[0]} x {image[1]}; they must agree")
+        image_path, mask_path = pair.paths(data)
+        raise UserError(f"{mask_path}: the mask is {mask[0]} x {mask[1]} pixels (height x width), its image "
+                        f"{image_path} is {image[0]} x {image[1]}; they must agree")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.console import UserError
 from common.patterns import reject_outside
-from dataset import SPLITS, Tile, read_list, rows_of
+from dataset import GIVEN, SPLITS, Tile, read_list, rows_of
 
 SHOWN = 10  # items of a long list on the terminal
 
@@ -28,6 +28,18 @@ def read_earlier_list(path: Path, root: Path) -> list[Tile]:
     return tiles
 
 
+def refused_masks(tiles: Sequence[Tile], before: Sequence[Tile]) -> set[str]:
+    """Return the keys of the tiles for which a person set `mask_from` back to `given` in the list `before`."""
+    return {tile.key for tile, earlier in zip(tiles, _match(tiles, before), strict=True)
+            if earlier and refuses_mask(earlier)}
+
+
+def refuses_mask(tile: Tile) -> bool:
+    """Return whether a person keeps the given mask although the filter made another, or dropped the tile."""
+    disagrees = tile.ignored is not None or tile.proposed not in ("", *SPLITS)
+    return disagrees and tile.split in SPLITS and not tile.has_new_mask
+
+
 def apply_manual_edits(tiles: Sequence[Tile], before: Sequence[Tile]) -> list[Tile]:
     """Give each tile the verdict in force: the one set by hand in the list `before`, else the proposed one.
 
@@ -36,7 +48,15 @@ def apply_manual_edits(tiles: Sequence[Tile], before: Sequence[Tile]) -> list[Ti
     """
     judged = [_with_edits(tile, earlier) for tile, earlier in zip(tiles, _match(tiles, before), strict=True)]
     sides = _sides(judged)
-    return [_on_side(tile, sides[tile.group]) if tile.group and tile.split in SPLITS else tile for tile in judged]
+    judged = [_on_side(tile, sides[tile.group]) if tile.group and tile.split in SPLITS else tile for tile in judged]
+    return [without_relabelling(tile) if tile.is_relabelled and tile.split == "test" else tile for tile in judged]
+
+
+def without_relabelling(tile: Tile) -> Tile:
+    """Drop a tile that a model labelled: its labels are no truth to test on, nor is its group for training."""
+    verdict = tile.reason.partition(":")[0]
+    return replace(tile, proposed=verdict, split=verdict, mask_from=GIVEN,
+                   reason="not relabelled: its group is in the test set")
 
 
 def _match(tiles: Sequence[Tile], others: Sequence[Tile]) -> list[Tile | None]:
@@ -48,7 +68,7 @@ def _match(tiles: Sequence[Tile], others: Sequence[Tile]) -> list[Tile | None]:
 def _with_edits(tile: Tile, earlier: Tile | None) -> Tile:
     if earlier is None:
         return replace(tile, split=tile.proposed, by_hand="", note="")
-    manual = earlier.manual_verdict
+    manual = earlier.split if refuses_mask(earlier) else earlier.manual_verdict  # who refuses a mask keeps the tile
     keeps_corrupt = tile.proposed == "corrupt" and manual in SPLITS
     in_force = manual if manual and not keeps_corrupt else tile.proposed
     return replace(tile, split=in_force, by_hand=manual, note=earlier.note)

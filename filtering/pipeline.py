@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,12 +15,15 @@ from common.masks import COLOUR, IGNORE, count_classes, count_codes, name_of, re
 from common.pictures import picture_size
 from common.store import read_pair, reject_different_sizes
 from common.workers import ParallelMap, cores, worker_map
-from dataset import SPLITS, Tile, find_pairs, places_by_group, split_by_group
+from dataset import MODEL, REPAIRED, SPLITS, Tile, digest_of, find_pairs, places_by_group, split_by_group
 from filtering import audit, manual_edits
+from filtering.new_masks import encode, made_by_hand
+from filtering.repair import NewMask, relabel, repair
 
 TILES_PER_WORKER = 64  # fewer are judged before another process has started
 SHOWN = 8  # codes in a message, if there are more than MOST_LISTED
 MOST_LISTED = 20  # with more codes, masks are taken to be smooth or smeared
+REPAIRABLE = ("misregistered", "unmarked", "shifted", "disputed")
 MOST_CODES = 256  # that are kept of one mask: a photograph has many thousands
 
 
@@ -30,39 +33,87 @@ class FilterResult:
 
     tiles: list[Tile]
     sizes: np.ndarray  # (N, 2) height and width; zeros for a tile that cannot be read
-    pixels: np.ndarray  # (N, K) of each class; zeros once a tile is known to be corrupt
+    pixels: np.ndarray  # (N, K) of each class in the mask in use; zeros once a tile is known to be corrupt
     codes: Counter[int]  # pixels of each code (common/masks.py) in all masks
     palette: dict[int, int] = field(default_factory=dict)  # the colour of each index that masks use
     contradiction: str = ""  # an index to which two masks give different colours
     copies: list[list[str]] = field(default_factory=list)  # keys that show the same image
+    new_masks: dict[str, bytes] = field(default_factory=dict)  # by key, the files of masks that the filter made
+    by_hand: frozenset[str] = frozenset()  # keys of the tiles whose new mask a person made or edited
 
     @property
     def kept(self) -> list[int]:
         return [i for i, tile in enumerate(self.tiles) if tile.split in SPLITS]
 
 
-def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Tile] = (),
-                 announce: Callable[[FilterResult], None] = lambda surveyed: None) -> FilterResult:
-    """Measure and judge every tile of data.root. Verdicts that a person set in the list `before` stay in force.
+class Model(Protocol):
+    """Trained networks that are asked about tiles from which they have not learned."""
 
-    `announce` gets what the masks show, before any image is decoded. By default few tiles get few workers.
+    def ask(self, tile: Tile) -> tuple[str, np.ndarray] | None:
+        """Return the name of a model and its probabilities (H, W, K) uint8, 255 for 1; None if the image is unreadable.
+        """
+
+
+class Job(NamedTuple):
+    """A tile to judge, and what a person decided about its mask."""
+
+    tile: Tile
+    made_by_hand: bool  # a person made or edited its new mask
+    refused: bool  # a person wants the given mask
+    model: str = ""  # the name of the model that was asked
+    probs: np.ndarray | None = None  # (H, W, K) uint8, its probabilities, 255 for 1
+
+
+class WithPredictions(Sequence):
+    """Jobs with what a model says, which is computed only when they are taken."""
+
+    def __init__(self, jobs: Sequence[Job], model: Model):
+        self.jobs, self.model = jobs, model
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, which: int | slice) -> Job | list[Job]:
+        if isinstance(which, slice):
+            return [self[i] for i in range(*which.indices(len(self)))]
+        name, probs = self.model.ask(self.jobs[which].tile) or ("", None)
+        return self.jobs[which]._replace(model=name, probs=probs)
+
+
+def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Tile] = (),
+                 announce: Callable[[FilterResult], None] = lambda surveyed: None,
+                 model: Model | None = None) -> FilterResult:
+    """Measure and judge every tile of data.root, and make new masks if the limits say so.
+
+    What a person set in the list `before` stays in force. `announce` gets what the masks show, before any image is
+    decoded. By default few tiles get few workers. A `model` is asked about every tile that can be read.
     """
     data = config.data
     tiles = find_pairs(data)
+    by_hand = made_by_hand(tiles, data) if config.filter.makes_masks else set()
+    refused = manual_edits.refused_masks(tiles, before)
     with worker_map(workers or min(cores(), len(tiles) // TILES_PER_WORKER)) as parallel_map:
         surveyed = survey_masks(tiles, config, parallel_map)
         announce(surveyed)
-        tiles, digests = list(surveyed.tiles), [b""] * len(tiles)
-        undecided = [i for i, tile in enumerate(tiles) if not tile.proposed]
-        audited = parallel_map(partial(audit_tile, data, config.filter), [tiles[i] for i in undecided])
+        tiles, new_masks = list(surveyed.tiles), {}
+        open_verdicts = ("", "sparse") if model else ("",)
+        undecided = [i for i, tile in enumerate(tiles) if tile.proposed in open_verdicts
+                     or (tile.key in by_hand and tile.proposed != "corrupt")]
+        jobs = [Job(tiles[i], tiles[i].key in by_hand, tiles[i].key in refused) for i in undecided]
+        audited = parallel_map(partial(audit_tile, data, config.filter), WithPredictions(jobs, model) if model else jobs)
         with Progress("judge images", len(undecided), "tile") as progress:
-            for i, (tile, digest) in zip(undecided, audited, strict=True):
-                tiles[i], digests[i] = tile, digest
+            for i, result in zip(undecided, audited, strict=True):
+                tiles[i] = result.tile
+                if result.pixels is not None:
+                    surveyed.pixels[i] = result.pixels
+                if result.new_mask:
+                    new_masks[result.tile.key] = result.new_mask
                 progress.advance()
-    tiles, copies = mark_copies(tiles, digests, config.filter.drop_duplicates)
+    tiles, copies = mark_copies(tiles, config.filter.drop_duplicates)
     tiles = manual_edits.apply_manual_edits(propose_split(tiles, data.test_fraction, config.seed), before)
     surveyed.pixels[[tile.proposed == "corrupt" for tile in tiles]] = 0
-    return replace(surveyed, tiles=tiles, copies=copies)
+    new_masks = {tile.key: new_masks[tile.key] for tile in tiles if tile.has_new_mask and tile.key in new_masks}
+    return replace(surveyed, tiles=tiles, copies=copies, new_masks=new_masks, by_hand=frozenset(by_hand))
 
 
 def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMap) -> FilterResult:
@@ -172,35 +223,78 @@ def describe_palette(palette: dict[int, int]) -> str:
     return f"palette: {', '.join(colours[:SHOWN])}{', …' if len(colours) > SHOWN else ''}"
 
 
-def audit_tile(data: Data, limits: Filter, tile: Tile) -> tuple[Tile, bytes]:
-    """Decode a tile. Return it with its measurements and verdict, and a digest of its image."""
+class Audited(NamedTuple):
+    """A judged tile."""
+
+    tile: Tile
+    pixels: np.ndarray | None = None  # (K,) of each class in a new mask
+    new_mask: bytes = b""  # the file of a mask that the filter made
+
+
+def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
+    """Decode a tile, measure and judge it, and make a new mask if the limits and the person allow it."""
+    tile = job.tile
     try:
-        image, labels = read_pair(tile.pair, data)
+        image, labels = read_pair(tile.given_pair, data)
+        own = replace(tile, mask_from=REPAIRED)
+        mask_by_hand = read_pair(own.pair, data)[1] if job.made_by_hand and not job.refused else None
     except UserError as error:
-        return replace(tile, proposed="corrupt", reason=str(error)), b""
-    labelled = labels != IGNORE
-    measured = audit.measure_tile(image, (labels > 0) & labelled, limits, None if labelled.all() else labelled)
-    tile = replace(tile, **measured)
-    return replace(tile, proposed=audit.verdict(tile, limits)), sha256(image).digest()
+        return Audited(replace(tile, proposed="corrupt", reason=str(error)))
+    digest = digest_of(image)
+    glass = audit.find_glass(audit.inverted_grey(image), limits)
+    probs = None if job.probs is None else job.probs.astype(np.float32) / 255
+    measured = audit.measure_tile(image, labels, limits, glass)
+    if probs is not None:
+        measured |= audit.ask_model(probs, labels, limits)
+    tile = replace(tile, digest=digest, **measured)
+    tile = replace(tile, proposed=audit.verdict(tile, limits))
+    if mask_by_hand is not None:
+        ignored = float(np.mean(mask_by_hand == IGNORE))
+        tile = replace(tile, proposed="", mask_from=REPAIRED, ignored=ignored, reason="mask made or edited by hand")
+        return Audited(tile, _pixels(mask_by_hand, data))
+    if tile.proposed not in REPAIRABLE or not limits.makes_masks:
+        return Audited(tile)
+    made, source = NewMask(None), REPAIRED
+    if limits.repair:
+        made = repair(labels, glass, audit.certain_moves(tile, limits), limits, probs)
+    if made.labels is None and limits.relabel and probs is not None:
+        made, source = relabel(labels, probs, limits), f"{MODEL} {job.model}"
+    if made.labels is None or job.refused:
+        what = "repair refused by hand" if made.labels is not None else made.what
+        return Audited(replace(tile, reason=what, ignored=made.ignored))
+    tile = replace(tile, reason=f"{tile.proposed}: {made.what}", ignored=made.ignored, mask_from=source, proposed="")
+    return Audited(tile, _pixels(made.labels, data), encode(made.labels, len(data.classes)))
 
 
-def mark_copies(tiles: Sequence[Tile], digests: Sequence[bytes], drop: bool) -> tuple[list[Tile], list[list[str]]]:
-    """Note which tiles show the same image, and return the keys of each such image. An empty digest means no image.
+def _pixels(labels: np.ndarray, data: Data) -> np.ndarray:
+    return np.bincount(labels.ravel(), minlength=256)[:len(data.classes)]
+
+
+def mark_copies(tiles: Sequence[Tile], drop: bool) -> tuple[list[Tile], list[list[str]]]:
+    """Note which tiles show the same image, and return the keys of each such image. Without a digest none is known.
 
     If `drop`, propose `duplicate` for each tile after the first one that is kept.
     """
     marked = list(tiles)
-    copies = [places for places in places_by_group(digests) if len(places) > 1 and digests[places[0]]]
+    copies = [places for places in places_by_group([tile.digest for tile in tiles])
+              if len(places) > 1 and tiles[places[0]].digest]
     for places in copies:
         for i in places[1:]:
-            marked[i] = replace(marked[i], reason=f"same image as {marked[places[0]].key}")
+            reasons = [marked[i].reason, f"same image as {marked[places[0]].key}"]
+            marked[i] = replace(marked[i], reason="; ".join(filter(None, reasons)))
         for i in [i for i in places if drop and not marked[i].proposed][1:]:
             marked[i] = replace(marked[i], proposed="duplicate")
     return marked, [[marked[i].key for i in places] for places in copies]
 
 
 def propose_split(tiles: Sequence[Tile], test_fraction: float, seed: int) -> list[Tile]:
-    """Propose train or test for all tiles that are not to be dropped."""
-    kept = [tile for tile in tiles if not tile.proposed]
-    splits = iter(split_by_group(kept, test_fraction, seed) if kept else [])
-    return [tile if tile.proposed else replace(tile, proposed=next(splits)) for tile in tiles]
+    """Propose train or test for all tiles that are not to be dropped. Labels that a model made are never tested.
+
+    Tiles with such labels do not take part in the draw. They follow their group, and are dropped with a test group.
+    """
+    drawn = [tile for tile in tiles if not tile.proposed and not tile.is_relabelled]
+    splits = iter(split_by_group(drawn, test_fraction, seed) if drawn else [])
+    tiles = [tile if tile.proposed or tile.is_relabelled else replace(tile, proposed=next(splits)) for tile in tiles]
+    tested = {tile.group for tile in tiles if tile.group and tile.proposed == "test"}
+    return [tile if tile.proposed else manual_edits.without_relabelling(tile) if tile.group in tested
+            else replace(tile, proposed="train") for tile in tiles]

@@ -4,6 +4,7 @@
     histograms.png            every measurement of every tile, with its threshold
     kept_near_threshold.png   the kept tiles that came nearest to being dropped
     kept_most_NAME.png        the kept tiles with the largest values of a measurement without threshold
+    repaired.png              tiles with a new mask, each with the given mask before it; relabelled.png likewise
     dropped_REASON.png        dropped tiles, the nearest to the threshold first
     settings.yaml             the filter's part of the config
     tiles_before.csv          the list that this run replaced, if there was one
@@ -13,6 +14,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,9 @@ from common.console import Progress, markdown_table, table
 from common.files import write_text
 from common.masks import code_of, name_of
 from common.store import read_pair
-from dataset import DROPPED, SPLITS, Tile, places_by_group
+from dataset import DROPPED, GIVEN, NEW_MASKS, REPAIRED, SPLITS, Tile, places_by_group
 from filtering import audit, figures
+from filtering.new_masks import decode
 from filtering.pipeline import FilterResult, describe_palette
 
 SHEET = 24  # tiles on a contact sheet
@@ -35,14 +38,16 @@ MEASURED = {  # column: (label, its threshold in config.Filter)
     "foreground": ("share of the mask that is not background", "min_foreground"),
     "blank": ("share of the annotated tissue that shows glass", "max_blank"),
     "unmarked": ("share of the tile that is tissue called background", "max_unmarked"),
-    "shift": ("certain shift of the mask, px", "max_shift"),
+    "shift": ("certain shift of the mask's worst corner, px", "max_shift"),
+    "disagreement": ("share of the mask where a model is sure of another class", "max_disagreement"),
 }
 
 
 def measured(tile: Tile, name: str, limits: Filter) -> float | None:
     """Return a measurement as verdicts use it: an uncertain shift counts as no shift."""
-    uncertain = name == "shift" and (tile.confidence or 0) < limits.min_confidence
-    return 0.0 if uncertain and tile.shift is not None else getattr(tile, name)
+    if name != "shift":
+        return getattr(tile, name)
+    return max(audit.certain_shifts(tile, limits), default=None)
 
 
 def preflight(result: FilterResult, config: Config) -> str:
@@ -103,7 +108,25 @@ def remarks(result: FilterResult) -> list[str]:
     empty = sum(result.tiles[i].foreground == 0 for i in result.kept)
     lines = {f"images with several keys: {len(result.copies)}, in several groups: {across}": result.copies,
              f"kept tiles with nothing but background: {empty}": empty}
-    return [line for line, count in lines.items() if count]
+    return [*(line for line, count in lines.items() if count), *describe_new_masks(result)]
+
+
+def describe_new_masks(result: FilterResult) -> list[str]:
+    """Return lines on the tiles that are kept with another mask than the given one, if there are any."""
+    lines = []
+    for name in dict.fromkeys(tile.mask_from for tile in result.tiles if tile.has_new_mask):
+        chosen = [i for i in result.kept if result.tiles[i].mask_from == name]
+        if chosen:
+            areas = result.sizes[chosen].prod(axis=1)
+            share = sum(areas * [result.tiles[i].ignored or 0.0 for i in chosen]) / areas.sum()
+            reasons = Counter(result.tiles[i].reason.partition(":")[0] for i in chosen)
+            lines.append(f"masks {'repaired' if name == REPAIRED else f'from {name}'}: {len(chosen)} ("
+                         + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+                         + f"); {share:.1%} of their pixels are ignored")
+    if result.by_hand:
+        lines.append(f"masks in {NEW_MASKS}/ that were made or edited by hand and stay as they are: "
+                     f"{len(result.by_hand)}, for example {min(result.by_hand)}")
+    return lines
 
 
 def verdicts(result: FilterResult, classes: Sequence[str], as_table: Callable[..., str] = table) -> str:
@@ -146,6 +169,8 @@ def summary(result: FilterResult, config: Config, changes: Sequence[str], pictur
     tiles, split = result.tiles, {tile.key: tile.split for tile in result.tiles}
     settings = [[name, "off" if value is None else str(value)] for name, value in to_dict(config.filter).items()]
     manual = [[tile.key, tile.proposed, tile.split, tile.note] for tile in tiles if tile.by_hand]
+    new_masks = [[tile.key, tile.split, tile.mask_from, tile.reason, f"{tile.ignored or 0:.1%}"]
+                 for tile in tiles if tile.has_new_mask]
     corrupt = [[tile.key, tile.reason] for tile in tiles if tile.split == "corrupt"]
     same = [[keys[0], ", ".join(keys[1:]), ", ".join(sorted({split[key] for key in keys}))] for keys in result.copies]
     folder = [*preflight(result, config).splitlines(), *remarks(result)]
@@ -157,6 +182,8 @@ def summary(result: FilterResult, config: Config, changes: Sequence[str], pictur
                     + verdicts(result, config.data.classes, markdown_table),
         "Settings": markdown_table(["filter", "value"], settings),
         "Measurements": "![Histograms of the measurements with their thresholds](histograms.png)",
+        "New masks": markdown_table(["key", "split", "mask from", "why, and what was done", "ignored"], new_masks)
+        if new_masks else "",
         "Manual verdicts": markdown_table(["key", "proposed", "in force", "note"], manual) if manual else "",
         "Since the last run": "\n".join(f"- {change}" for change in changes),
         "Corrupt": markdown_table(["key", "reason"], corrupt) if corrupt else "",
@@ -177,7 +204,8 @@ def histograms(result: FilterResult, limits: Filter) -> figures.Figure:
         values = [(tile.split in SPLITS, measured(tile, name, limits)) for tile in result.tiles]
         kept, dropped = ([value for is_kept, value in values if is_kept == wanted and value is not None]
                          for wanted in (True, False))
-        panels.append((label, kept, dropped, getattr(limits, limit)))
+        if kept or dropped or name != "disagreement":
+            panels.append((label, kept, dropped, getattr(limits, limit)))
     return figures.histograms(panels)
 
 
@@ -193,14 +221,25 @@ def sheets(result: FilterResult, limits: Filter) -> dict[str, tuple[str, list[Ti
                       key=lambda tile: -measured(tile, name, limits))
         if getattr(limits, limit) is None and most:
             found[f"kept_most_{name}.png"] = f"kept, no threshold set: largest {label}", most[:SHEET // 2]
+    for name, chosen in (("repaired", [tile for tile in kept if tile.mask_from == REPAIRED]),
+                         ("relabelled", [tile for tile in kept if tile.is_relabelled])):
+        if chosen:
+            shown = _spread(chosen, SHEET // 2)
+            found[f"{name}.png"] = (f"{name}: {len(shown)} of {len(chosen)}, each with its given mask and then its new "
+                                    "mask", [version for tile in shown for version in (given_of(tile), tile)])
     for reason in DROPPED:
         tiles = sorted((tile for tile in result.tiles if tile.split == reason and tile.proposed != "corrupt"),
                        key=lambda tile: nearness(tile, limits))
         if tiles:
-            chosen = np.unique(np.linspace(0, len(tiles) - 1, min(SHEET, len(tiles))).round().astype(int))
+            chosen = _spread(tiles, SHEET)
             title = f"dropped as {reason}: {len(chosen)} of {len(tiles)}, the nearest to the threshold first"
-            found[f"dropped_{reason}.png"] = title, [tiles[i] for i in chosen]
+            found[f"dropped_{reason}.png"] = title, chosen
     return found
+
+
+def _spread(tiles: Sequence[Tile], most: int) -> list[Tile]:
+    """Return at most so many tiles, evenly spread over the list."""
+    return [tiles[i] for i in np.unique(np.linspace(0, len(tiles) - 1, min(most, len(tiles))).round().astype(int))]
 
 
 def nearness(tile: Tile, limits: Filter) -> float:
@@ -213,19 +252,32 @@ def nearness(tile: Tile, limits: Filter) -> float:
     return max(ratios)
 
 
-def draw(tile: Tile, config: Config) -> tuple[str, np.ndarray]:
-    """Return caption and thumbnail of a tile."""
-    image, mask = read_pair(tile.pair, config.data)
+def given_of(tile: Tile) -> Tile:
+    """Return the tile with its given mask in use."""
+    return replace(tile, mask_from=GIVEN)
+
+
+def draw(tile: Tile, result: FilterResult, config: Config) -> tuple[str, np.ndarray]:
+    """Return caption and thumbnail of a tile with the mask in use."""
+    is_made = tile.has_new_mask and tile.key in result.new_masks  # the files are written after the report
+    image, mask = read_pair(tile.given_pair if is_made else tile.pair, config.data)
+    if is_made:
+        mask = decode(result.new_masks[tile.key])
     glass = audit.find_glass(audit.inverted_grey(image), config.filter)
     lines = [tile.key if len(tile.key) <= 26 else "…" + tile.key[-25:], "no pixel has a class"]
     if tile.foreground is not None:
         lines[1] = f"foreground {tile.foreground:.1%}"
+    if tile.has_new_mask:
+        moved, turned, _ = tile.reason.partition(": ")[2].partition(" px")
+        lines[1:] = [f"now: {tile.ignored or 0:.1%} ignored", moved + " px" if turned else ""]
+        return "\n".join(lines), figures.annotated(image, mask, glass, len(config.data.classes))
     if tile.blank is not None:
         lines[1] = f"blank {tile.blank:.1%}  unmarked {tile.unmarked:.1%}"
-    if tile.shift is not None and (tile.confidence or 0) >= config.filter.min_confidence:
-        lines.append(f"off by {abs(tile.shift_x):.0f} px {'right' if tile.shift_x > 0 else 'left'}, "
-                     f"{abs(tile.shift_y):.0f} px {'down' if tile.shift_y > 0 else 'up'}")
-    elif tile.reason or tile.note:
+    moves = audit.certain_moves(tile, config.filter)
+    if moves:
+        lines.append(f"off by {abs(moves[0].right):.0f} px {'right' if moves[0].right > 0 else 'left'}, "
+                     f"{abs(moves[0].down):.0f} px {'down' if moves[0].down > 0 else 'up'}, {moves[0].clockwise:.0f}°")
+    elif tile.ignored is None and (tile.reason or tile.note):
         lines.append((tile.reason or tile.note)[:40])
     return "\n".join(lines), figures.annotated(image, mask, glass, len(config.data.classes))
 
@@ -237,9 +289,10 @@ def write(folder: Path, result: FilterResult, config: Config, changes: Sequence[
         for name, (title, tiles) in contents.items():
             cells = []
             for tile in tiles:
-                cells.append(draw(tile, config))
+                cells.append(draw(tile, result, config))
                 progress.advance()
-            figure = figures.contact_sheet(cells, title, config.data.classes, bool(config.data.ignore))
+            figure = figures.contact_sheet(cells, title, config.data.classes,
+                                           bool(config.data.ignore) or any(tile.has_new_mask for tile in tiles))
             palette.save(figure, folder / name)
     palette.save(histograms(result, config.filter), folder / "histograms.png")
     write_text(folder / "summary.md", summary(result, config, changes, list(contents)))

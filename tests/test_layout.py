@@ -20,7 +20,7 @@ ARROWS = {  # room: the rooms that its files may import
     "training": SHARED | {"training"},
     "evaluation": SHARED | {"training", "evaluation"},
     "fields": SHARED | {"training", "evaluation", "fields"},
-    "data_filter": {"common", "dataset", "filtering"},
+    "data_filter": {"common", "dataset", "filtering", "evaluation"},  # the last only with --model
     "train": SHARED | {"training"},
     "evaluate": SHARED | {"training", "evaluation"},
     "receptive_field": SHARED | {"training", "evaluation", "fields"},

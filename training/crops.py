@@ -19,16 +19,21 @@ def draw_folds(groups: Sequence[str], count: int, images_per_epoch: int, seed: i
     fold with the fewest tiles. A fold with more tiles than it needs uses some of them. One with fewer repeats them.
     Raises a `UserError` if there are fewer groups than folds.
     """
-    members = places_by_group([group or f"tile {i}" for i, group in enumerate(groups)])
-    if len(members) < count:
+    if (number := len({group or i for i, group in enumerate(groups)})) < count:
         raise UserError(f"each of the {count} folds (train.folds) needs a group (slide, patient) of its own, but the "
-                        f"training tiles ({len(groups)}) have {len(members)}: "
-                        f"{_advice_on_folds(len(members), len(groups), images_per_epoch)}")
+                        f"training tiles ({len(groups)}) have {number}: "
+                        f"{_advice_on_folds(number, len(groups), images_per_epoch)}")
     random = generator(seed, epoch, 0, "folds")
+    return [np.resize(random.permutation(tiles), images_per_epoch // count) for tiles in deal(groups, count, random)]
+
+
+def deal(groups: Sequence[str], count: int, random: np.random.Generator) -> list[list[int]]:
+    """Deal the indices of tiles into `count` parts that share no group: each to the part with the fewest tiles."""
+    members = places_by_group([group or f"tile {i}" for i, group in enumerate(groups)])
     dealt: list[list[int]] = [[] for _ in range(count)]
     for i in random.permutation(len(members)):
         min(dealt, key=len).extend(members[i])
-    return [np.resize(random.permutation(tiles), images_per_epoch // count) for tiles in dealt]
+    return dealt
 
 
 def _advice_on_folds(groups: int, tiles: int, images_per_epoch: int) -> str:

@@ -1,6 +1,7 @@
 """Create, lock and read the folder of a run. Its files appear whole or not at all, even if a process is killed:
 
     runs/NAME/config.yaml            every setting of the run
+              trained_on.csv         the tiles from which it learns
               environment.json       for each start: command, commit, versions, device, sha256 of tiles.csv
               metrics.csv            a row for each epoch
               checkpoints/last.pt    written after every epoch; `train.py --resume` continues from it
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +29,10 @@ import torch
 from common.config import Config
 from common.config_files import to_yaml
 from common.console import UserError
-from common.files import LOCK, locked, remove_leftovers, write_text, writing
-from dataset import TILE_LIST
+from common.files import LOCK, locked, remove_leftovers, write_csv, write_text, writing
+from dataset import TILE_LIST, Tile
 
+TRAINED_ON, COLUMNS = "trained_on.csv", ("key", "image", "group", "mask_from", "digest")
 NEEDED_METRICS = {"epoch", "survivor", "seconds", "train_loss", "train_ema", "val_loss", "val_ema"}
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "matplotlib", "pyyaml", "tqdm")
 
@@ -42,14 +44,18 @@ def reject_existing(folder: Path) -> None:
                         ", choose another name with name=NAME, or remove the folder")
 
 
-def create_run(folder: Path, config: Config) -> None:
-    """Create the folder of a run together with its config.yaml, so that the run can be resumed at any time."""
+def create_run(folder: Path, config: Config, tiles: Sequence[Tile]) -> None:
+    """Create the folder of a run with its config.yaml and the list of its training tiles.
+
+    They appear together, so that the run can be resumed at any time.
+    """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with writing(folder):
         try:
             for name in ("checkpoints", "figures"):
                 (partial / name).mkdir(parents=True)
             write_text(partial / "config.yaml", to_yaml(config))
+            write_csv(partial / TRAINED_ON, [{name: getattr(tile, name) for name in COLUMNS} for tile in tiles])
             reject_existing(folder)  # another process may have created it in the meantime
             partial.rename(folder)
         finally:
@@ -121,6 +127,18 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def read_trained_on(folder: Path) -> list[dict[str, str]]:
+    """Read the list of the tiles from which a run learned: key, image, group, mask_from and digest of each."""
+    path = folder / TRAINED_ON
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so nobody knows from which tiles this run learned; train it again")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {*COLUMNS} <= rows[0].keys():
+        raise UserError(f"{path}: not the list of a run's training tiles; restore the file, or train again")
+    return rows
 
 
 def read_metrics(folder: Path) -> list[dict]:

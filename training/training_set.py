@@ -9,10 +9,11 @@ import dataset
 from common.config import Config
 from common.console import UserError, warn
 from common.devices import choose_device
+from common.randomness import generator
 from common.statistics import Statistics, statistics_of
 from common.store import Store, open_store
 from training.batches import store_on
-from training.crops import draw_folds
+from training.crops import deal, draw_folds
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,13 @@ class TrainingSet:
 
     store: Store  # with pixels on the GPU if they fit there
     rows: np.ndarray  # (training tiles,) rows of the store
-    groups: list[str]  # one for each of `rows`
+    tiles: list[dataset.Tile]  # one for each of `rows`
     statistics: Statistics
     tiles_identity: str  # dataset.identity of the list of tiles
+
+    @property
+    def groups(self) -> list[str]:
+        return [tile.group for tile in self.tiles]
 
 
 def prepare_data(config: Config) -> TrainingSet:
@@ -35,6 +40,8 @@ def prepare_data(config: Config) -> TrainingSet:
             raise UserError(f"{path}: no tile has split = {split}; run data_filter.py again")
     rows = np.array([i for i, tile in enumerate(tiles) if tile.split == "train"])
     warn_about_groups(config, tiles)
+    if config.train.leave_out:
+        rows = rows[kept_in([tiles[i] for i in rows], config)]
     draw_first_folds(tiles, rows, config)  # may raise, so it comes before tiles are packed
     store = open_store([tile.pair for tile in tiles], config.data)
     labelled = store.counts(rows).any(axis=1)
@@ -43,8 +50,18 @@ def prepare_data(config: Config) -> TrainingSet:
         rows = rows[labelled]
     dataset.warn_about_small_tiles(store.sizes[rows], config)
     warn_about_repeats(draw_first_folds(tiles, rows, config))
-    return TrainingSet(store_on(choose_device(config.device), store), rows, [tiles[i].group for i in rows],
+    return TrainingSet(store_on(choose_device(config.device), store), rows, [tiles[i] for i in rows],
                        statistics_of(store.sums[rows]), dataset.identity(tiles))
+
+
+def kept_in(tiles: Sequence[dataset.Tile], config: Config) -> list[int]:
+    """Return the places of the training tiles that are not in the part of the groups that train.leave_out names."""
+    part, parts = map(int, config.train.leave_out.split("/"))
+    if parts > (number := len({tile.group or tile.key for tile in tiles})):
+        raise UserError(f"train.leave_out={config.train.leave_out}: the {len(tiles)} training tiles have only {number} "
+                        f"groups (slides, patients); use at most {number} parts")
+    dealt = deal([tile.group for tile in tiles], parts, generator(config.seed, 0, 0, "parts"))
+    return sorted(i for other in range(parts) if other != part - 1 for i in dealt[other])
 
 
 def draw_first_folds(tiles: Sequence[dataset.Tile], rows: np.ndarray, config: Config) -> list[np.ndarray]:

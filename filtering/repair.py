@@ -1,0 +1,84 @@
+"""Repair a mask that lies off or contradicts its image, instead of dropping the tile.
+
+A mask that lies off with certainty is moved back. Areas in which it then still contradicts the image, and what enters
+from outside, lose their class (IGNORE). With predictions of a model, so do areas in which the model is sure of another
+class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from common.config import Filter
+from common.masks import IGNORE
+from filtering.audit import contradicted, disputed
+from filtering.registration import Move
+
+MOST_CONTRADICTED = 0.05  # share of the labelled pixels that may contradict the image after a move
+
+
+@dataclass(frozen=True)
+class NewMask:
+    """A mask in place of the given one, or why there is none."""
+
+    labels: np.ndarray | None  # (H, W) uint8, classes or IGNORE
+    ignored: float | None = None  # share of the pixels that lose their class
+    what: str = ""  # what was done, or why nothing was
+
+
+def repair(labels: np.ndarray, glass: np.ndarray, moves: Sequence[Move], limits: Filter,
+           probs: np.ndarray | None = None) -> NewMask:
+    """Return a repaired mask of classes (H, W) uint8, or none if more than `max_ignored` would lose their class.
+
+    `glass` (H, W) bool is where the image shows glass, `moves` are those in which the filter is certain, the best
+    first, and `probs` (H, W, K) what a model says. The first move counts after which the mask fits the image. Without
+    one the mask stays where it is, unless it lies off with certainty.
+    """
+    for move in moves:
+        moved = move.undo(labels)
+        left = np.count_nonzero(moved != IGNORE)
+        if left and np.count_nonzero(contradicted(moved, glass)) <= MOST_CONTRADICTED * left:
+            return _without_doubt(labels, moved, glass, limits, probs, _describe(move))
+    return _without_doubt(labels, labels, glass, limits, probs, "")
+
+
+def relabel(labels: np.ndarray, probs: np.ndarray, limits: Filter) -> NewMask:
+    """Return what a model predicts by `probs` (H, W, K) where it is sure, IGNORE elsewhere (section 7)."""
+    predicted = np.where(probs.max(-1) >= limits.sure, probs.argmax(-1), IGNORE).astype(np.uint8)
+    return _checked(labels, predicted, limits, "the model's prediction where it is sure")
+
+
+def wide_areas(pixels: np.ndarray, radius: float) -> np.ndarray:
+    """Return the parts of (H, W) bool into which a disc of this radius fits, with a rim of twice the radius."""
+    inner = distance_transform_edt(np.pad(pixels, 1, mode="edge"))[1:-1, 1:-1] > radius
+    return distance_transform_edt(~inner) <= 3 * radius if inner.any() else inner
+
+
+def _without_doubt(given: np.ndarray, labels: np.ndarray, glass: np.ndarray, limits: Filter,
+                   probs: np.ndarray | None, what: str) -> NewMask:
+    """Return classes (H, W) without those in doubt: the borders of glass are known to about half of sigma."""
+    doubtful = wide_areas(contradicted(labels, glass), limits.sigma / 2)
+    if probs is not None:
+        doubtful |= wide_areas(disputed(labels, probs, limits.sure), limits.sigma / 2)
+    return _checked(given, np.where(doubtful, np.uint8(IGNORE), labels), limits, what)
+
+
+def _checked(given: np.ndarray, labels: np.ndarray, limits: Filter, what: str) -> NewMask:
+    """Return the new mask unless too much of it has no class, or too little of it is tissue."""
+    labelled = labels != IGNORE
+    before, left = np.count_nonzero(given != IGNORE), np.count_nonzero(labelled)
+    ignored = 1 - left / labels.size
+    lost = 1 - left / max(before, 1)
+    if lost > limits.max_ignored:
+        return NewMask(None, ignored, f"a new mask would lose {lost:.0%} of its pixels to ignore")
+    if np.count_nonzero(labels[labelled]) < limits.min_foreground * left:
+        return NewMask(None, ignored, "a new mask would have too little tissue")
+    parts = [what, f"{lost:.1%} ignored" if lost else ""]
+    return NewMask(labels, ignored, ", ".join(part for part in parts if part))
+
+
+def _describe(move: Move) -> str:
+    turned = f", turned by {-move.clockwise:+.1f} degrees" if move.clockwise else ""
+    return f"moved by {-move.right:+.1f}, {-move.down:+.1f} px{turned}"

@@ -1,0 +1,66 @@
+"""Train k models, each without one part of the slides or patients, so that every tile finds a model that does not know it.
+
+    python -m tools.cross_fit --config configs/demo.yaml
+    python -m tools.cross_fit --config configs/dice_ce.yaml --parts 3 data.root=data/mine train.epochs=40
+
+The survivor of k-fold-per-epoch training has learned from nearly all tiles, so it cannot judge their masks. These models
+can: `python data_filter.py --config ... --model runs/NAME.part*` asks each one only about tiles that it does not know.
+Part j is the run runs/NAME.partj of train.py with train.leave_out=j/k. A part that was interrupted goes on, one that is
+complete is left alone. On several machines or GPUs, train the parts by train.py with that setting, one each.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from common.config import Config
+from common.config_files import apply_overrides, load_config
+from common.console import Progress, UserError, argument_parser, command, run
+from train import reason_to_end
+from training.checkpoints import load_checkpoint
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+
+
+def part_config(config: Config, part: int, parts: int) -> Config:
+    return apply_overrides(config, [f"name={config.name}.part{part}", f"train.leave_out={part}/{parts}"])
+
+
+def is_complete(config: Config) -> bool:
+    path = Path("runs") / config.name / "checkpoints" / "last.pt"
+    return path.is_file() and bool(reason_to_end(load_checkpoint(path).history, config))
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment, e.g. configs/demo.yaml")
+    parser.add_argument("--parts", type=int, default=3, metavar="K", help="models to train (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    args = parser.parse_intermixed_args()
+    if args.parts < 2:
+        raise UserError(f"--parts must be at least 2; it is {args.parts}")
+    config = load_config(args.config, args.overrides)
+    if config.train.leave_out:
+        raise UserError("train.leave_out is what this tool sets; leave it out")
+    with Progress("train parts", args.parts, "part") as progress:
+        for part in range(1, args.parts + 1):
+            own = part_config(config, part, args.parts)
+            folder = Path("runs") / own.name
+            if is_complete(own):
+                print(f"{folder}: complete", flush=True)
+            else:
+                settings = [f"name={own.name}", f"train.leave_out={own.train.leave_out}"]
+                arguments = (["--resume", str(folder)] if folder.exists() else
+                             ["--config", args.config, *args.overrides, *settings])
+                print(f"\npart {part} of {args.parts}: {folder}", flush=True)
+                code = subprocess.run([sys.executable, str(TRAIN), *arguments]).returncode
+                if code:
+                    raise UserError(f"part {part} was not trained, see above; the same command goes on from there")
+            progress.advance()
+    runs = [str(Path("runs") / part_config(config, part, args.parts).name) for part in range(1, args.parts + 1)]
+    print("\nnext:  " + command("python", "data_filter.py", "--config", args.config, *args.overrides,
+                                "filter.repair=true", "--model", *runs))
+
+
+if __name__ == "__main__":
+    run(main)
