@@ -255,7 +255,7 @@ def read_tiles(data: Data) -> list[Tile]:
     """Read and check the list of tiles. It comes in the natural order of the keys, on which training depends."""
     check_list_folder(data)
     tiles = read_list(data.list_folder / TILE_LIST)
-    reject_outside(Path(data.root), [path for tile in tiles for path in tile.pair])
+    reject_outside(Path(data.root), [path for tile in tiles for path in (tile.image, tile.mask)])
     return tiles
 
 

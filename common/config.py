@@ -175,9 +175,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Loss:
-    """One of the losses of section 6.1 (losses.py)."""
+    """One of the losses of section 6.1, or a robust one, and what becomes of the borders of classes (losses.py)."""
 
-    name: Literal["ce", "wce", "dice", "dice_ce", "log_dice_ce"] = "dice_ce"
+    name: Literal["ce", "wce", "dice", "dice_ce", "log_dice_ce", "gce"] = "dice_ce"
+    q: float = 0.7  # of gce: near 0 it is the cross-entropy, at 1 wrong labels count least
+    border: int = 0  # pixels; labels as near as this to another class are treated as `border_as` says
+    border_as: Literal["ignore", "soften"] = "ignore"
+
+    def __post_init__(self):
+        check(0 < self.q <= 1, f"loss.q must be above 0 and at most 1; it is {self.q}")
+        check(self.border >= 0, f"loss.border must be a number of pixels; it is {self.border}")
 
 
 @dataclass(frozen=True)

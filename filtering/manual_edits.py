@@ -24,7 +24,7 @@ def read_earlier_list(path: Path, root: Path) -> list[Tile]:
     except UserError as error:
         raise UserError(f"{error}. Manual verdicts are read from this list before it is replaced; fix it, or delete it "
                         "to judge all tiles anew") from None
-    reject_outside(root, [file for tile in tiles for file in tile.pair])
+    reject_outside(root, [file for tile in tiles for file in (tile.image, tile.mask)])
     return tiles
 
 

@@ -100,7 +100,8 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
         undecided = [i for i, tile in enumerate(tiles) if tile.proposed in open_verdicts
                      or (tile.key in by_hand and tile.proposed != "corrupt")]
         jobs = [Job(tiles[i], tiles[i].key in by_hand, tiles[i].key in refused) for i in undecided]
-        audited = parallel_map(partial(audit_tile, data, config.filter), WithPredictions(jobs, model) if model else jobs)
+        asked = WithPredictions(jobs, model) if model else jobs
+        audited = parallel_map(partial(audit_tile, data, config.filter), asked)
         with Progress("judge images", len(undecided), "tile") as progress:
             for i, result in zip(undecided, audited, strict=True):
                 tiles[i] = result.tile

@@ -1,10 +1,10 @@
-"""Train k models, each without one part of the slides or patients, so that every tile finds a model that does not know it.
+"""Train k models, each without one part of the slides or patients, so that each tile finds one that does not know it.
 
     python -m tools.cross_fit --config configs/demo.yaml
     python -m tools.cross_fit --config configs/dice_ce.yaml --parts 3 data.root=data/mine train.epochs=40
 
-The survivor of k-fold-per-epoch training has learned from nearly all tiles, so it cannot judge their masks. These models
-can: `python data_filter.py --config ... --model runs/NAME.part*` asks each one only about tiles that it does not know.
+The survivor of k-fold-per-epoch training has learned from nearly all tiles, so it cannot judge their masks. These
+models can: `python data_filter.py --config ... --model runs/NAME.part*` asks each only about tiles it does not know.
 Part j is the run runs/NAME.partj of train.py with train.leave_out=j/k. A part that was interrupted goes on, one that is
 complete is left alone. On several machines or GPUs, train the parts by train.py with that setting, one each.
 """

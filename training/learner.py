@@ -82,7 +82,7 @@ def build_batch_loss(model: UNet, config: Config, statistics: Statistics, device
                      precision: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """Build the function that predicts a batch and returns the prediction's loss, compiled if train.compile is set."""
     try:
-        loss = make_loss(config.loss.name, torch.tensor(statistics.frequencies, device=device))
+        loss = make_loss(config.loss, torch.tensor(statistics.frequencies, device=device))
     except ValueError as error:
         raise UserError(f"loss.name={config.loss.name}: {error} (classes {', '.join(config.data.classes)})") from None
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common import devices
+from common.config import Loss
 from common.console import UserError
 from common.devices import (
     autocast,
@@ -108,7 +109,7 @@ def gradients(device, layout):
     model = UNet((4, 8, 16), dropout=0).to(device, memory_format=layout)
     images = torch.randn(2, 3, 32, 32).to(device).contiguous(memory_format=layout)
     target = torch.randint(0, 3, (2, 32, 32)).to(device)
-    make_loss("dice_ce", torch.ones(3))(model(images), target).backward()
+    make_loss(Loss(), torch.ones(3))(model(images), target).backward()
     return {name: weight.grad.cpu() for name, weight in model.named_parameters()}
 
 

@@ -62,7 +62,7 @@ def plain_epoch(config, data, epoch):
     """The method without concern for speed: copies of whole state dicts, NumPy crops, the loss read at each step."""
     learner = build_learner(config, data.statistics)
     model, keys = learner.model, (data.store.sizes, config.data.crop, config.seed, epoch)
-    loss_of = make_loss(config.loss.name, torch.tensor(data.statistics.frequencies))
+    loss_of = make_loss(config.loss, torch.tensor(data.statistics.frequencies))
     plan, folds = config.train, [data.rows[fold] for fold in draw_folds(
         data.groups, config.train.folds, config.train.images_per_epoch, config.seed, epoch)]
     mean, std = (torch.tensor(values) for values in (data.statistics.mean, data.statistics.std))

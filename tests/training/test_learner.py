@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import train
+from common.config import Loss
 from common.config_files import apply_overrides
 from losses import make_loss
 from training import checkpoints, training_set
@@ -74,7 +75,7 @@ def test_the_reports_batch_needs_far_less_memory_than_its_gpu_had():
 
     with (torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
           torch.autocast("cpu", torch.bfloat16)):
-        make_loss("dice_ce", torch.ones(3))(model(torch.zeros(1, 3, 256, 256)), torch.zeros(1, 256, 256).long())
+        make_loss(Loss(), torch.ones(3))(model(torch.zeros(1, 3, 256, 256)), torch.zeros(1, 256, 256).long())
     bytes_per_image = sum(storage.nbytes() for storage in kept.values())
     bytes_of_weights = sum(weight.nbytes for weight in model.parameters())
     copies = 10  # weights, gradients, Adam's two, and two snapshots of three each
