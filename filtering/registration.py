@@ -30,6 +30,7 @@ CANDIDATES = 3  # moves that are refined
 LEAST_GAIN = 0.05  # share of the criterion in place by which a candidate must be better
 MOST_STEPS = 60  # of a refinement
 WORST = 2.0  # above every criterion
+LEAST_LABELLED = 0.5  # share of a tile; a small part of a mask may seem to fit anywhere
 MIN_OVERLAP = 0.65  # share of the labelled pixels that must still lie in the tile
 SHIFT_PENALTY = 0.05  # by how much a shift across the whole tile must fit better than none
 TURN_PENALTY = 0.05  # the same for a rotation by 30 degrees
@@ -91,7 +92,7 @@ def misregistration(criterion: Criterion, labels: np.ndarray) -> tuple[Move, flo
     Pixels are moved to the nearest ones, so that the criterion sees no blurred classes.
     """
     classes = [k for k in np.unique(labels) if k != IGNORE]
-    if len(classes) < 2:
+    if len(classes) < 2 or np.count_nonzero(labels != IGNORE) < LEAST_LABELLED * labels.size:
         return None
     cell = cell_size(labels.shape, COARSE)
     shares = cell_means(np.stack([labels == k for k in classes], axis=-1), cell)  # (h, w, n)
@@ -103,7 +104,7 @@ def misregistration(criterion: Criterion, labels: np.ndarray) -> tuple[Move, flo
     refined = [_refine(criterion, labels, move, MIDDLE, *width) for move in promising or [Move()]]
     _, best = min([(_cost(criterion, labels, Move(), MIDDLE), Move()), *refined], key=lambda one: one[0])
     if promising:
-        best = _refine(criterion, labels, best, FINE, width[0] / 4, width[1] / 4)[1]
+        best = _refine(criterion, labels, best, FINE, width[0] / 4, width[1] / 4, penalised=False)[1]
     best = Move(*(round(float(value), 1) + 0.0 for value in (best.right, best.down, best.clockwise)))
     in_place, moved = (_fit(criterion, labels, move, FINE) for move in (Move(), best))
     return best, round(float(max(0.0, 1 - moved / in_place if in_place > 0 else 0.0)), 4)
@@ -154,11 +155,15 @@ def _turned(shares: np.ndarray, angle: float) -> np.ndarray:
 
 
 def _refine(criterion: Criterion, labels: np.ndarray, start: Move, cells: int, step: float,
-            turn: float) -> tuple[float, Move]:
-    """Return the cost and the move that the simplex search of Nelder and Mead finds from a start."""
+            turn: float, penalised: bool = True) -> tuple[float, Move]:
+    """Return the cost and the move that the simplex search of Nelder and Mead finds from a start.
+
+    Penalties choose between moves. They would pull the one that is chosen towards no move.
+    """
+    cost = _cost if penalised else _fit
     first = np.array([start.right, start.down, start.clockwise])
     simplex = first + np.array([[0, 0, 0], [step, 0, 0], [0, step, 0], [0, 0, turn]])
-    found = minimize(lambda values: _cost(criterion, labels, Move(*values), cells), first, method="Nelder-Mead",
+    found = minimize(lambda values: cost(criterion, labels, Move(*values), cells), first, method="Nelder-Mead",
                      options={"initial_simplex": simplex, "xatol": 0.1, "fatol": 1e-5, "maxfev": MOST_STEPS})
     return float(found.fun), Move(*found.x)
 

@@ -26,8 +26,8 @@ def part_config(config: Config, part: int, parts: int) -> Config:
     return apply_overrides(config, [f"name={config.name}.part{part}", f"train.leave_out={part}/{parts}"])
 
 
-def is_complete(config: Config) -> bool:
-    path = Path("runs") / config.name / "checkpoints" / "last.pt"
+def is_complete(config: Config, folder: Path) -> bool:
+    path = folder / "checkpoints" / "last.pt"
     return path.is_file() and bool(reason_to_end(load_checkpoint(path).history, config))
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         for part in range(1, args.parts + 1):
             own = part_config(config, part, args.parts)
             folder = Path("runs") / own.name
-            if is_complete(own):
+            if is_complete(own, folder):
                 print(f"{folder}: complete", flush=True)
             else:
                 settings = [f"name={own.name}", f"train.leave_out={own.train.leave_out}"]

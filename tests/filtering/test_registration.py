@@ -1,0 +1,166 @@
+"""filtering/registration.py against loops, and against masks that were moved by known distances and angles."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from common.masks import IGNORE
+from filtering import registration
+from filtering.registration import COARSE, FINE, MIDDLE, Colours, Move, Predictions, misregistration
+
+MOVES = [Move(30, 0, 0), Move(0, -25.5, 0), Move(-40, 20, 0), Move(0, 0, 12), Move(10, -15, -20), Move(55, 60, 5)]
+
+
+def scene(seed, size=600):
+    """Glass, tissue and tumour in smooth areas (size, size), and the colours that a microscope would show."""
+    random = np.random.default_rng(seed)
+    glass, tumour = (gaussian_filter(random.normal(size=(size, size)), 35) for _ in range(2))
+    labels = np.where(glass > 0, 0, np.where(tumour > 0, 2, 1)).astype(np.uint8)
+    colours = np.array([[240, 238, 241], [215, 150, 190], [140, 90, 160]])
+    return labels, (colours[labels] + random.normal(0, 12, (size, size, 3))).clip(0, 255).astype(np.uint8)
+
+
+def moved_mask(labels, move, window):
+    """The part of the mask that a tile gets: pixel by pixel, what lies where the move came from."""
+    top, left, height, width = window
+    angle = np.radians(move.clockwise)
+    y, x = np.mgrid[:height, :width]
+    y, x = y - (height - 1) / 2 - move.down, x - (width - 1) / 2 - move.right
+    from_y = np.cos(angle) * y - np.sin(angle) * x + (height - 1) / 2 + top  # turned back
+    from_x = np.sin(angle) * y + np.cos(angle) * x + (width - 1) / 2 + left
+    return labels[np.rint(from_y).astype(int), np.rint(from_x).astype(int)]
+
+
+def error(found, move, shape):
+    """The largest distance between where two moves put a corner."""
+    corners = np.array([(y, x) for y in (0, shape[0] - 1) for x in (0, shape[1] - 1)], float)
+    return np.linalg.norm(found.of_points(corners, shape) - move.of_points(corners, shape), axis=1).max()
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_undo_brings_every_pixel_back(move):
+    labels, _ = scene(0)
+    window = (150, 130, 300, 340)
+    given = moved_mask(labels, move, window)
+    back = move.undo(given)
+    inside = back != IGNORE
+    truth = labels[150:450, 130:470]
+    assert inside.mean() > 0.5 and (back[inside] == truth[inside]).mean() > 0.99  # rounding at borders
+    y, x = np.mgrid[:300, :340]
+    comes_from = move.of_points(np.stack([y, x], -1), (300, 340))
+    expected = ((comes_from >= -0.49) & (comes_from <= np.array([299.49, 339.49]))).all(-1)
+    assert (inside == expected).mean() > 0.995
+    assert (Move().undo(given) == given).all()
+
+
+def test_the_length_is_that_of_the_worst_corner():
+    assert Move(3, 4, 0).length((100, 200)) == pytest.approx(5)
+    assert Move(0, 0, 90).length((101, 101)) == pytest.approx(100)
+    assert Move(0, 0, 10).length((201, 101)) == pytest.approx(2 * np.sin(np.radians(5)) * np.hypot(100, 50))
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("criterion", ["colours", "predictions"])
+def test_moved_masks_are_found_to_lie_where_they_were_moved(move, criterion):
+    labels, image = scene(1)
+    window = (150, 140, 300, 320)
+    given, shape = moved_mask(labels, move, window), (300, 320)
+    tile = np.s_[150:450, 140:460]
+    measure = Colours(image[tile], 10.0)
+    if criterion == "predictions":
+        measure = Predictions(gaussian_filter(np.eye(3, dtype=np.float32)[labels], (3, 3, 0))[tile])
+    found, confidence = misregistration(measure, given)
+    assert error(found, move, shape) < 4 and confidence > 0.5
+    assert misregistration(measure, given) == (found, confidence), "deterministic"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_in_place_are_left_there(seed):
+    labels, image = scene(seed, 300)
+    for measure in (Colours(image, 10.0), Predictions(gaussian_filter(np.eye(3, dtype=np.float32)[labels], (3, 3, 0)))):
+        found, confidence = misregistration(measure, labels)
+        assert found.length(labels.shape) < 4 and confidence < 0.1
+
+
+@pytest.mark.parametrize(("down", "right"), [(21, -13), (-7, 45), (31, 31)])
+def test_fractions_of_pixels_are_found(down, right):
+    """The tile is half as fine as the scene, so that a move of 21 of its pixels is one of 10.5."""
+    labels, image = scene(5, 900)
+    given = labels[150 - down:750 - down:2, 150 - right:750 - right:2]
+    found, _ = misregistration(Colours(image[150:750:2, 150:750:2], 5.0), given)
+    assert found.down == pytest.approx(down / 2, abs=0.45) and found.right == pytest.approx(right / 2, abs=0.45)
+
+
+def test_ignored_pixels_count_for_nothing():
+    labels, image = scene(2)
+    move, window = Move(30, -20, 6), (150, 150, 300, 300)
+    given = moved_mask(labels, move, window)
+    given[:90], given[:, :40] = IGNORE, IGNORE
+    found, confidence = misregistration(Colours(image[150:450, 150:450], 10.0), given)
+    assert error(found, move, (300, 300)) < 6 and confidence > 0.4
+    given[:, :200] = IGNORE
+    assert misregistration(Colours(image[150:450, 150:450], 10.0), given) is None, "too little is left to compare"
+
+
+def test_plain_tiles_and_masks_have_no_move():
+    labels, image = scene(3, 200)
+    assert misregistration(Colours(image, 10.0), np.ones((200, 200), np.uint8)) is None
+    found = misregistration(Colours(np.full((200, 200, 3), 200, np.uint8), 10.0), labels)
+    assert found is None or found == (Move(), 0.0)
+
+
+def unexplained(colours, labels):
+    """1 - the correlation ratio: the variance within classes over all variance, with loops."""
+    points = [(tuple(colour), label) for colour, label in zip(colours.reshape(-1, 3), labels.ravel(), strict=True)
+              if label != IGNORE]
+    def spread(chosen):
+        chosen = np.array(chosen)
+        return ((chosen - chosen.mean(0))**2).sum()
+    within = sum(spread([colour for colour, label in points if label == k]) for k in {label for _, label in points})
+    return within / spread([colour for colour, _ in points])
+
+
+def regret(maps, labels):
+    return np.mean([maps[y, x, labels[y, x]] for y, x in np.ndindex(labels.shape) if labels[y, x] != IGNORE])
+
+
+@pytest.mark.parametrize("cells", [COARSE, MIDDLE, FINE])
+def test_the_criteria_of_labels_equal_loops(cells):
+    labels, image = scene(4, 128)
+    colours = Colours(image, 5.0)
+    height, width, _ = colours.grids[cells].shape
+    points = labels[:height, :width].copy()
+    points[:3] = IGNORE
+    assert colours.of_labels(points, cells) == pytest.approx(unexplained(colours.grids[cells], points))
+    predictions = Predictions(np.random.default_rng(0).dirichlet((1, 1, 1), (128, 128)))
+    assert predictions.of_labels(points, cells) == pytest.approx(regret(predictions.grids[cells], points), rel=1e-5)
+
+
+def test_the_criteria_of_all_shifts_equal_those_of_each():
+    """The Fourier transform against moving whole cells of one class each."""
+    _, image = scene(6, 64)
+    colours, random = Colours(image, 2.0), np.random.default_rng(0)
+    predictions = Predictions(random.dirichlet((1, 1, 1), (64, 64)))
+    size = colours.grids[COARSE].shape[0]
+    cells = random.integers(0, 3, (size, size)).astype(np.uint8)
+    cells[:2, 3:9] = IGNORE
+    shares = np.stack([cells == k for k in range(3)], -1).astype(float)
+    for criterion in (colours, predictions):
+        values, overlap = criterion.of_shifts(shares, [0, 1, 2])
+        for down, right in ((0, 0), (3, -2), (-5, 4), (0, 7)):
+            moved = np.full_like(cells, IGNORE)
+            y, x = np.mgrid[:size, :size]
+            inside = (y - down >= 0) & (y - down < size) & (x - right >= 0) & (x - right < size)
+            moved[inside] = cells[(y - down)[inside], (x - right)[inside]]
+            assert overlap[down, right] == pytest.approx((moved != IGNORE).sum())
+            assert values[down, right] == pytest.approx(criterion.of_labels(moved, COARSE))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 300), (33, 65), (150, 90), (700, 500)])
+def test_cells_of_coarser_grids_hold_whole_cells_of_finer_ones(shape):
+    fine, middle, coarse = (registration.cell_size(shape, cells) for cells in (FINE, MIDDLE, COARSE))
+    assert middle % fine == coarse % middle == 0 and 1 <= coarse <= min(shape)
+    random = np.random.default_rng(0)
+    image, labels = random.integers(0, 256, (*shape, 3)).astype(np.uint8), random.integers(0, 3, shape).astype(np.uint8)
+    found = misregistration(Colours(image, 10.0), labels)
+    assert found is None or 0 <= found[1] <= 1

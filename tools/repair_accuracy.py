@@ -1,0 +1,216 @@
+"""What is repair worth? Train the same network on masks that were dropped, repaired or left clean, and compare.
+
+    python -m tools.repair_accuracy runs/repair                              # 480 tiles, 3 seeds
+    python -m tools.repair_accuracy runs/small --tiles 96 --slides 12 --seeds 1 train.epochs=2
+
+For each seed it makes demo tiles with planted defects, and test tiles of other slides with clean masks. It filters the
+tiles in six ways and trains the network of configs/demo.yaml on each result:
+
+    report          the report's rules: sparse and misregistered tiles are dropped
+    audit           also unmarked and shifted ones (max_unmarked, max_shift)
+    repair          masks are repaired instead, where possible (filter.repair)
+    repair + model  the same, with models that were cross-fitted on the repaired tiles
+    relabel         and predictions of these models in place of masks that cannot be repaired (filter.relabel)
+    clean           all tiles with the clean masks: the ceiling
+
+Prints and writes OUT/repair.md. Everything is kept in OUT; the same command goes on where it was interrupted.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.bootstrap import interval, resampled_weights
+from common.config import Config
+from common.config_files import load_config
+from common.console import Progress, UserError, argument_parser, markdown_table, run, table
+from common.files import write_text
+from common.masks import IGNORE, read_mask
+from common.store import read_pair
+from common.workers import THREAD_VARIABLES, cores
+from dataset import SPLITS, read_tiles
+from evaluation.candidates import candidate_of_run
+from evaluation.metrics import confusion, dice, mean_present
+from tools.cross_fit import is_complete, part_config
+
+CODE = Path(__file__).parent.parent
+CONFIG = CODE / "configs" / "demo.yaml"
+REPORT = ["filter.max_unmarked=off", "filter.max_shift=off"]
+REPAIR = ["filter.repair=true"]
+ARMS = {"report": REPORT, "audit": [], "repair": REPAIR, "clean": [*REPORT, "data.masks=truth/mask#{key}.png"],
+        "repair + model": REPAIR, "relabel": [*REPAIR, "filter.relabel=true"]}
+ASK_MODELS = ("repair + model", "relabel")  # after the models were trained on `repair`
+SHOWN = ("report", "audit", "repair", "repair + model", "relabel", "clean")
+PARTS = 3
+TEST_SEEDS = 1000  # is added to the seed, for the slides of the test tiles
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of one filter's tiles."""
+
+    tiles: float  # share of all tiles that have tissue
+    pixels: float  # share of the pixels of these tiles
+    wrong: float  # share of the labelled pixels
+    dropped_moved: float  # share of the shifted and rotated tiles that are dropped
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One seed: where its files lie and with which settings it runs."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+
+    def settings(self, arm: str) -> list[str]:
+        # a small test fraction leaves most tiles for training; the test tiles here are others
+        return [f"data.root={self.folder / 'data'}", f"data.cache={self.folder / arm}", "data.test_fraction=0.05",
+                *ARMS[arm], f"name={arm.replace(' ', '')}", *self.overrides]
+
+    def config(self, arm: str) -> Config:
+        return load_config(CONFIG, self.settings(arm))
+
+    def call(self, *words: object) -> None:
+        """Run a script with one thread in this trial's folder; its output goes to log.txt there."""
+        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, "1") | {"PYTHONPATH": str(CODE)}
+        with (self.folder / "log.txt").open("a") as log:
+            done = subprocess.run([sys.executable, *map(str, words)], cwd=self.folder, env=environment, stdout=log,
+                                  stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise UserError(f"{' '.join(map(str, words))} failed; {self.folder / 'log.txt'} says why")
+
+    def filter(self, arm: str) -> None:
+        if not (self.folder / arm / "tiles.csv").exists():
+            models = [self.folder / "runs" / f"repair.part{part}" for part in range(1, PARTS + 1)]
+            self.call(CODE / "data_filter.py", "--config", CONFIG, *self.settings(arm), "--workers", 1,
+                      *(["--model", *models] if arm in ASK_MODELS else []))
+
+    def train(self, arm: str, part: int | None = None) -> None:
+        config, own = self.config(arm), []
+        if part:
+            config = part_config(config, part, PARTS)
+            own = [f"name={config.name}", f"train.leave_out={config.train.leave_out}"]
+        folder = self.folder / "runs" / config.name
+        if folder.exists() and is_complete(config, folder):
+            return
+        self.call(CODE / "train.py", *(["--resume", f"runs/{config.name}"] if folder.exists() else
+                                       ["--config", CONFIG, *self.settings(arm), *own]))
+
+
+def at_once(jobs: Sequence[Callable[[], None]], progress: Progress) -> None:
+    """Run jobs on all cores, one thread each."""
+    with ThreadPoolExecutor(cores()) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+            progress.advance()
+
+
+def make_tiles(folder: Path, tiles: int, slides: int, seed: int, *options: str) -> None:
+    if not folder.exists():
+        subprocess.run([sys.executable, "-m", "tools.make_demo_data", str(folder), "--tiles", str(tiles), "--slides",
+                        str(slides), "--seed", str(seed), *options], cwd=CODE, check=True, stdout=subprocess.DEVNULL)
+
+
+def kept(trial: Trial, arm: str) -> Kept:
+    """Compare the masks in use with the clean ones; tiles whose clean mask is (nearly) without tissue do not count."""
+    config = trial.config(arm)
+    with (trial.folder / "data" / "truth.csv").open(newline="") as file:
+        truth = {row["key"]: row for row in csv.DictReader(file)}
+    tiles = [tile for tile in read_tiles(config.data) if float(truth[tile.key]["foreground"]) >=
+             config.filter.min_foreground]
+    moved = [tile.split not in SPLITS for tile in tiles if truth[tile.key]["defect"] in ("shifted", "rotated")]
+    pixels = labelled = wrong = in_use = 0
+    for tile in tiles:
+        clean = read_mask(trial.folder / "data" / f"truth/mask#{tile.key}.png", load_config(CONFIG).data)
+        pixels += clean.size
+        if tile.split in SPLITS:
+            labels = read_pair(tile.pair, config.data)[1]
+            in_use += 1
+            labelled += np.count_nonzero(labels != IGNORE)
+            wrong += np.count_nonzero((labels != clean) & (labels != IGNORE))
+    return Kept(in_use / len(tiles), labelled / pixels, wrong / labelled, float(np.mean(moved)) if moved else 0.0)
+
+
+def test_counts(trial: Trial, arm: str, test: Path) -> tuple[list[str], np.ndarray]:
+    """Return the slide and the confusion (K, K) of each test tile against its clean mask."""
+    candidate = candidate_of_run(trial.folder / "runs" / trial.config(arm).name, "best", [], flips=False)
+    data, slides, counts = load_config(CONFIG).data, [], []
+    with (test / "truth.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            image = torch.from_numpy(np.array(Image.open(test / f"frames/frame#{row['key']}.png")))[None]
+            target = torch.from_numpy(read_mask(test / f"truth/mask#{row['key']}.png", data)).long()[None]
+            prediction = candidate.predictor.logits(image.to(candidate.device)).argmax(1).cpu()
+            counts.append(confusion(prediction, target, len(data.classes))[0].numpy())
+            slides.append(row["slide"])
+    return slides, np.array(counts)
+
+
+def scores(results: Sequence[tuple[list[str], np.ndarray]]) -> tuple[float, float, float]:
+    """Return the mean over seeds of the pooled Dice, averaged over classes, and its 95 % interval over slides."""
+    values, slides = [], 0
+    for seed, (groups, counts) in enumerate(results):
+        pooled = np.tensordot(resampled_weights(groups, seed), counts, 1)            # (1 + R, K, K)
+        values.append(mean_present(dice(pooled)))                                    # (1 + R,)
+        slides += len(set(groups))
+    mean = np.mean(values, axis=0)
+    return float(mean[0]), *interval(mean, slides)
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("out", type=Path, help="the folder for all files, e.g. runs/repair")
+    for name, default in (("tiles", 480), ("slides", 24), ("test-tiles", 120), ("test-slides", 12), ("seeds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
+    parser.add_argument("--visible-defects", action="store_true", help="plant only what a filter sees best")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings than demo.yaml")
+    args = parser.parse_intermixed_args()
+    options = ["--visible-defects"] if args.visible_defects else []
+    trials, tests = [], []
+    with Progress("trials", args.seeds * (4 + 7 + 2 + 2), "step") as progress:
+        for seed in range(1, args.seeds + 1):
+            folder = (args.out / f"seed{seed}").resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            make_tiles(folder / "data", args.tiles, args.slides, seed, *options)
+            make_tiles(folder / "test", args.test_tiles, args.test_slides, seed + TEST_SEEDS)
+            trials.append(Trial(folder, (f"seed={seed}", *args.overrides)))
+            tests.append(folder / "test")
+        first = [arm for arm in ARMS if arm not in ASK_MODELS]
+        for work in (
+            [lambda t=t, arm=arm: t.filter(arm) for t in trials for arm in first],
+            [*(lambda t=t, part=part: t.train("repair", part) for t in trials for part in range(1, PARTS + 1)),
+             *(lambda t=t, arm=arm: t.train(arm) for t in trials for arm in first)],
+            [lambda t=t, arm=arm: t.filter(arm) for t in trials for arm in ASK_MODELS],
+            [lambda t=t, arm=arm: t.train(arm) for t in trials for arm in ASK_MODELS],
+        ):
+            at_once(work, progress)
+    rows = []
+    with Progress("score", len(SHOWN) * len(trials), "model") as progress:
+        for arm in SHOWN:
+            results, left = [], []
+            for trial, test in zip(trials, tests, strict=True):
+                results.append(test_counts(trial, arm, test))
+                left.append(kept(trial, arm))
+                progress.advance()
+            means = [np.mean([getattr(one, name) for one in left]) for name in Kept.__annotations__]
+            mean, low, high = scores(results)
+            by_seed = " ".join(f"{scores([result])[0]:.3f}" for result in results)
+            rows.append([arm, *(f"{value:.1%}" for value in means[:2]), f"{means[2]:.2%}", f"{means[3]:.0%}",
+                         f"{mean:.3f} ({low:.3f} to {high:.3f})", by_seed])
+    header = ["masks", "tiles kept", "pixels kept", "wrong pixels", "moved masks dropped", "Dice on clean test masks",
+              "by seed"]
+    print(table(header, rows))
+    write_text(args.out / "repair.md", markdown_table(header, rows) + "\n")
+    print(f"\nwrote {args.out / 'repair.md'}")
+
+
+if __name__ == "__main__":
+    run(main)
