@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from common.config import Config
 from common.config_files import load_config
 from common.console import UserError, argument_parser, command, run, warn
@@ -36,7 +38,10 @@ from dataset import (
     write_tiles,
 )
 from filtering import manual_edits, new_masks, report
+from filtering.audit import verdict
 from filtering.pipeline import FilterResult, Model, filter_tiles
+
+MOST_DISAGREEMENT = 0.05  # of a model that is good enough to repair masks
 
 
 def main() -> None:
@@ -133,6 +138,11 @@ def reject_corrupt(tiles: Sequence[Tile], skip: bool) -> None:
 
 def warn_about(result: FilterResult, config: Config) -> None:
     """Warn about what harms training: copies, a split without tiles, a class without pixels."""
+    disagreements = [tile.disagreement for tile in result.tiles
+                     if tile.disagreement is not None and not verdict(tile, config.filter)]
+    if disagreements and np.mean(disagreements) > MOST_DISAGREEMENT:
+        warn(f"the model is sure of another class in {np.mean(disagreements):.1%} of the masks that pass all limits. Most "
+             "of these masks should be right, so the model may be poor, and so may repairs by it: train it longer")
     splits = {tile.key: tile.split for tile in result.tiles}
     kept_keys = [[key for key in keys if splits[key] in SPLITS] for keys in result.copies]
     copies = [keys for keys in kept_keys if len(keys) > 1]

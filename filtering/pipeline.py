@@ -257,7 +257,7 @@ def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
         return Audited(tile)
     made, source = NewMask(None), REPAIRED
     if limits.repair:
-        made = repair(labels, glass, audit.certain_moves(tile, limits), limits, probs)
+        made = repair(image, labels, glass, audit.certain_moves(tile, limits), limits, probs)
     if made.labels is None and limits.relabel and probs is not None:
         made, source = relabel(labels, probs, limits), f"{MODEL} {job.model}"
     if made.labels is None or job.refused:

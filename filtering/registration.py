@@ -106,7 +106,7 @@ def misregistration(criterion: Criterion, labels: np.ndarray) -> tuple[Move, flo
     if promising:
         best = _refine(criterion, labels, best, FINE, width[0] / 4, width[1] / 4, penalised=False)[1]
     best = Move(*(round(float(value), 1) + 0.0 for value in (best.right, best.down, best.clockwise)))
-    in_place, moved = (_fit(criterion, labels, move, FINE) for move in (Move(), best))
+    in_place, moved = (fit(criterion, labels, move, FINE) for move in (Move(), best))
     return best, round(float(max(0.0, 1 - moved / in_place if in_place > 0 else 0.0)), 4)
 
 
@@ -160,7 +160,7 @@ def _refine(criterion: Criterion, labels: np.ndarray, start: Move, cells: int, s
 
     Penalties choose between moves. They would pull the one that is chosen towards no move.
     """
-    cost = _cost if penalised else _fit
+    cost = _cost if penalised else fit
     first = np.array([start.right, start.down, start.clockwise])
     simplex = first + np.array([[0, 0, 0], [step, 0, 0], [0, step, 0], [0, 0, turn]])
     found = minimize(lambda values: cost(criterion, labels, Move(*values), cells), first, method="Nelder-Mead",
@@ -170,10 +170,10 @@ def _refine(criterion: Criterion, labels: np.ndarray, start: Move, cells: int, s
 
 def _cost(criterion: Criterion, labels: np.ndarray, move: Move, cells: int) -> float:
     shift = np.hypot(move.right, move.down) / min(labels.shape)
-    return _fit(criterion, labels, move, cells) + _penalty(shift, move.clockwise)
+    return fit(criterion, labels, move, cells) + _penalty(shift, move.clockwise)
 
 
-def _fit(criterion: Criterion, labels: np.ndarray, move: Move, cells: int) -> float:
+def fit(criterion: Criterion, labels: np.ndarray, move: Move, cells: int = MIDDLE) -> float:
     """Return the criterion of classes (H, W) that are moved back; WORST if too few of them stay in the tile."""
     cell, matrix = cell_size(labels.shape, cells), move.matrix
     y, x = (np.arange(length // cell) * cell for length in labels.shape)

@@ -14,7 +14,7 @@ from scipy.ndimage import distance_transform_edt
 from common.config import Filter
 from common.masks import IGNORE
 from filtering.audit import contradicted, disputed
-from filtering.registration import Move
+from filtering.registration import Colours, Move, fit
 
 MOST_CONTRADICTED = 0.05  # share of the labelled pixels that may contradict the image after a move
 
@@ -28,18 +28,20 @@ class NewMask:
     what: str = ""  # what was done, or why nothing was
 
 
-def repair(labels: np.ndarray, glass: np.ndarray, moves: Sequence[Move], limits: Filter,
+def repair(image: np.ndarray, labels: np.ndarray, glass: np.ndarray, moves: Sequence[Move], limits: Filter,
            probs: np.ndarray | None = None) -> NewMask:
-    """Return a repaired mask of classes (H, W) uint8, or none if more than `max_ignored` would lose their class.
+    """Return a repaired mask for the image (H, W, 3) and its classes (H, W), or none if too much would lose its class.
 
-    `glass` (H, W) bool is where the image shows glass, `moves` are those in which the filter is certain, the best
-    first, and `probs` (H, W, K) what a model says. The first move counts after which the mask fits the image. Without
-    one the mask stays where it is, unless it lies off with certainty.
+    `glass` (H, W) bool is where the image shows glass, `moves` are those that are certain, the best first, and `probs`
+    (H, W, K) what a model says. The first move counts after which the mask fits the image: its classes explain the
+    colours no worse than in place, and hardly contradict the glass. Without one the mask stays where it is.
     """
+    colours = Colours(image, limits.sigma)
     for move in moves:
         moved = move.undo(labels)
         left = np.count_nonzero(moved != IGNORE)
-        if left and np.count_nonzero(contradicted(moved, glass)) <= MOST_CONTRADICTED * left:
+        if (left and np.count_nonzero(contradicted(moved, glass)) <= MOST_CONTRADICTED * left
+                and fit(colours, labels, move) <= fit(colours, labels, Move())):
             return _without_doubt(labels, moved, glass, limits, probs, _describe(move))
     return _without_doubt(labels, labels, glass, limits, probs, "")
 
