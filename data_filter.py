@@ -141,8 +141,8 @@ def warn_about(result: FilterResult, config: Config) -> None:
     disagreements = [tile.disagreement for tile in result.tiles
                      if tile.disagreement is not None and not verdict(tile, config.filter)]
     if disagreements and np.mean(disagreements) > MOST_DISAGREEMENT:
-        warn(f"the model is sure of another class in {np.mean(disagreements):.1%} of the masks that pass all limits. Most "
-             "of these masks should be right, so the model may be poor, and so may repairs by it: train it longer")
+        warn(f"the model is sure of another class in {np.mean(disagreements):.1%} of the masks that pass all limits. "
+             "Most of these masks should be right, so the model may be poor, and so may repairs by it: train it longer")
     splits = {tile.key: tile.split for tile in result.tiles}
     kept_keys = [[key for key in keys if splits[key] in SPLITS] for keys in result.copies]
     copies = [keys for keys in kept_keys if len(keys) > 1]

@@ -9,7 +9,9 @@ DATA/filter/accuracy.md, and draws precision and recall over each threshold in a
 replaces them with its folder.
 
 Precision: of the tiles that a rule drops, the share that has a defect it is to find. Recall: of the tiles with such a
-defect, the share that it drops. The 1 % rule is to find `empty` tiles, the other rules the four defects of masks.
+defect, the share that it drops. The 1 % rule is to find `empty` tiles, the other rules the defects of masks. A tile to
+which filter.repair gave a new mask counts as dropped by its rule. A defect can be `seen` if at least 2 % of the mask's
+pixels are wrong about what is background.
 """
 
 import csv
@@ -26,14 +28,17 @@ from common.config import Data, Filter
 from common.config_files import apply_overrides, load_config
 from common.console import UserError, argument_parser, markdown_table, run, table
 from common.files import write_text
+from common.pictures import picture_size
 from dataset import FILTER_FOLDER, Tile, read_tiles
 from filtering.audit import verdict
+from filtering.registration import Move
 from filtering.report import MEASURED, measured
 from tools.make_demo_data import DEFECTS
 
 OF_MASKS = tuple(defect for defect in DEFECTS if defect != "empty")
 LIMITS = ("min_foreground", "max_blank", "max_unmarked", "max_shift", "min_confidence")
 NONE, REPORT, ALL = "none (only empty masks drop)", "the report: 1 % rule, Algorithm 1", "all rules"
+VISIBLE = 0.02  # share of a mask's pixels
 THRESHOLDS = {"blank": (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3),
               "unmarked": (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.3),
               "shift": (5, 10, 20, 30, 40, 60, 80, 120)}
@@ -46,7 +51,9 @@ class Planted:
     tile: Tile
     defect: str  # none, or one of DEFECTS
     wrong: float  # share of the mask's pixels that are wrong
-    shift: tuple[float, float] | None  # pixels to the right and down
+    visible: float  # share of them that are wrong about what is background
+    move: Move | None  # of a shifted or rotated mask
+    shape: tuple[int, int] = (0, 0)  # height and width
 
 
 def read(folder: Path) -> list[Planted]:
@@ -62,8 +69,11 @@ def read(folder: Path) -> list[Planted]:
     planted = []
     for tile in tiles:
         row = truth[tile.key]
-        shift = (float(row["dx"]), float(row["dy"])) if row["dx"] else None
-        planted.append(Planted(tile, row["defect"], float(row["wrong"]), shift))
+        if "visible" not in row:
+            raise UserError(f"{path}: written by an older version, without the column `visible`; make the tiles again")
+        move = Move(float(row["dx"]), float(row["dy"]), float(row["angle"])) if row["dx"] else None
+        planted.append(Planted(tile, row["defect"], float(row["wrong"]), float(row["visible"]), move,
+                               picture_size(folder / tile.image)))
     return planted
 
 
@@ -97,6 +107,14 @@ def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[s
     counts = {defect: Counter(verdict(one.tile, limits) or "kept" for one in planted if one.defect == defect)
               for defect in ("none", *DEFECTS)}
     names = ["kept", "sparse", "misregistered", "unmarked", "shifted"]
+    caught = []
+    for defect in OF_MASKS:
+        chosen = [one for one in planted if one.defect == defect and one.tile.foreground]
+        for label, group in (("seen", [one for one in chosen if one.visible >= VISIBLE]),
+                             ("unseen", [one for one in chosen if one.visible < VISIBLE])):
+            missed = [one for one in group if not verdict(one.tile, limits)]
+            caught.append([f"{defect}, {label}", str(len(group)), str(len(group) - len(missed)),
+                           f"{np.mean([one.wrong for one in missed]):.2%}" if missed else "-"])
     found = []
     for rule, (settings, defects) in rules(limits).items():
         # a tile without annotated tissue is sparse at any threshold and says nothing of the other rules
@@ -108,25 +126,31 @@ def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[s
         left = [one for one in planted if not verdict(one.tile, settings)]
         wrong.append([name, str(len(left)), str(sum(one.defect != "none" for one in left)),
                       f"{np.mean([one.wrong for one in left]):.2%}" if left else "-"])
-    return [("Verdict by planted defect", ["defect", "tiles", *names],
+    return [("Defects that can be seen, and others", ["defect", "tiles", "found", "wrong pixels of the rest"], caught),
+            ("Verdict by planted defect", ["defect", "tiles", *names],
              [[defect, str(count.total()), *(str(count[name]) for name in names)] for defect, count in counts.items()]),
             ("Precision and recall", ["rule", "drops", "precision", "recall"], found),
             ("What is left", ["rules", "tiles", "with a defect", "wrong pixels"], wrong),
-            *([("Shift of the `shifted` masks", ["tiles", "certain", "median error", "largest error"], [errors])]
-              if (errors := _shift_errors(planted, limits)) else [])]
+            ("Measured moves", ["defect", "tiles", "certain", "median error", "largest error"],
+             [[defect, *_errors_of_moves([one for one in planted if one.defect == defect], limits)]
+              for defect in ("shifted", "rotated")])]
 
 
 def _share(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.1%}"
 
 
-def _shift_errors(planted: Sequence[Planted], limits: Filter) -> list[str]:
-    shifted = [one for one in planted if one.shift]
-    certain = [one for one in shifted if one.tile.shift is not None and one.tile.confidence >= limits.min_confidence]
-    errors = [np.hypot(one.tile.shift_x - one.shift[0], one.tile.shift_y - one.shift[1]) for one in certain]
-    if not errors:
-        return []
-    return [str(len(shifted)), str(len(certain)), f"{np.median(errors):.1f} px", f"{max(errors):.1f} px"]
+def _errors_of_moves(planted: Sequence[Planted], limits: Filter) -> list[str]:
+    """Return the tiles, those with a certain move, and how far off this puts a point, on average over a mask."""
+    errors = []
+    for one in planted:
+        tile = one.tile
+        if tile.shift is not None and tile.confidence >= limits.min_confidence:
+            points = np.stack(np.meshgrid(*(np.linspace(0, side - 1, 9) for side in one.shape), indexing="ij"), -1)
+            found = Move(tile.shift_x, tile.shift_y, tile.angle).of_points(points, one.shape)
+            errors.append(np.linalg.norm(found - one.move.of_points(points, one.shape), axis=-1).mean())
+    shown = [f"{np.median(errors):.1f} px", f"{max(errors):.1f} px"] if errors else ["-", "-"]
+    return [str(len(planted)), str(len(errors)), *shown]
 
 
 def curve(planted: Sequence[Planted], limits: Filter, name: str,

@@ -5,6 +5,8 @@ from sklearn.metrics import precision_score, recall_score
 
 from common.config import Filter
 from dataset import Tile
+from filtering.audit import verdict
+from filtering.registration import Move
 from tools.filter_accuracy import ALL, OF_MASKS, REPORT, Planted, curve, rules, score, tables
 from tools.make_demo_data import DEFECTS
 
@@ -15,8 +17,10 @@ def some_tiles(seed=0, count=300):
     for i in range(count):
         x, y = random.uniform(-100, 100, 2)
         tile = Tile(str(i), "f", "m", foreground=random.choice([0.0, 0.005, 0.5]), blank=random.uniform(0, 0.15),
-                    unmarked=random.uniform(0, 0.1), shift_x=x, shift_y=y, confidence=random.uniform())
-        planted.append(Planted(tile, str(random.choice(["none", *DEFECTS])), random.uniform(), (x + 3, y + 4)))
+                    unmarked=random.uniform(0, 0.1), shift_x=x, shift_y=y, angle=0.0, shift=np.hypot(x, y),
+                    confidence=random.uniform())
+        planted.append(Planted(tile, str(random.choice(["none", *DEFECTS])), random.uniform(), random.uniform(0, 0.04),
+                               Move(x + 3, y + 4, 0), (100, 120)))
     return planted
 
 
@@ -28,7 +32,7 @@ def test_precision_and_recall_are_those_of_scikit_learn():
     assert number == sum(dropped)
     assert precision == pytest.approx(precision_score(defect, dropped))
     assert recall == pytest.approx(recall_score(defect, dropped))
-    dropped = [drop or one.tile.unmarked >= 0.05 or (one.tile.shift >= 30 and one.tile.confidence >= 0.5)
+    dropped = [drop or one.tile.unmarked >= 0.05 or (one.tile.shift >= 30 and one.tile.confidence >= 0.25)
                for drop, one in zip(dropped, planted, strict=True)]
     assert score(planted, *rules(limits)[ALL])[1:] == pytest.approx(
         (precision_score(defect, dropped), recall_score(defect, dropped)))
@@ -47,7 +51,15 @@ def test_tables_count_every_tile_once():
     planted, limits = some_tiles(), Filter(max_unmarked=0.05, max_shift=30.0)
     contents = {title: rows for title, _, rows in tables(planted, limits)}
     assert sum(int(cell) for row in contents["Verdict by planted defect"] for cell in row[2:]) == len(planted)
-    assert contents["Shift of the `shifted` masks"][0][2:] == ["5.0 px", "5.0 px"]
+    assert contents["Measured moves"][0][3:] == ["5.0 px", "5.0 px"]
+    seen = contents["Defects that can be seen, and others"]
+    expected = sum(one.defect in OF_MASKS and one.tile.foreground > 0 for one in planted)
+    assert len(seen) == 2 * len(OF_MASKS) and sum(int(row[1]) for row in seen) == expected
+    by_name = {row[0]: row for row in seen}
+    chosen = [one for one in planted if one.defect == "rotated" and one.tile.foreground and one.visible < 0.02]
+    found = [one for one in chosen if verdict(one.tile, limits)]
+    assert by_name["rotated, unseen"][1:3] == [str(len(chosen)), str(len(found))]
+    assert by_name["rotated, unseen"][3] == f"{np.mean([one.wrong for one in chosen if one not in found]):.2%}"
     left = {row[0]: int(row[1]) for row in contents["What is left"]}
     assert left[ALL] < left[REPORT] < len(planted)
 

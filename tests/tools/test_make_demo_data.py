@@ -5,9 +5,11 @@ import csv
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from common.console import UserError
+from common.masks import IGNORE
+from filtering.registration import Move
 from tools import make_demo_data as demo
 
 SIZE, SLIDES, TILES = 256, 4, 48
@@ -71,9 +73,10 @@ def test_truth_csv_is_right(data):
         _, mask, clean = read_tile(out, row)
         assert float(row["wrong"]) == pytest.approx((mask != clean).mean(), abs=1e-6)
         assert float(row["foreground"]) == pytest.approx((clean > 26).mean(), abs=1e-6)
-        assert (float(row["wrong"]) > 0.01) == (row["defect"] not in ("none", "empty"))
-        assert bool(row["dx"]) == bool(row["dy"]) == (row["defect"] == "shifted")
-        assert bool(row["angle"]) == (row["defect"] == "rotated")
+        assert float(row["visible"]) == pytest.approx(((mask > 26) != (clean > 26)).mean(), abs=1e-6)
+        assert float(row["wrong"]) == 0 or row["defect"] not in ("none", "empty")
+        assert bool(row["dx"]) == bool(row["dy"]) == bool(row["angle"]) == (row["defect"] in ("shifted", "rotated"))
+        assert bool(row["bend"]) == (row["defect"] == "deformed")
         if row["defect"] == "empty":
             assert (mask == 26).all() and (clean == 26).all()
 
@@ -127,8 +130,38 @@ def test_over_glass_adds_tissue_and_left_out_removes_it():
         assert 0.3 < (tile.written[tile.clean > 0] == 0).mean() < 0.7
 
 
-def test_masks_are_rotated_by_8_to_25_degrees():
-    assert all(8 <= abs(demo.make_tile(1, *place, 128).row["angle"]) <= 25 for place in find("rotated", 4))
+def test_rotated_masks_are_the_clean_masks_turned():
+    for place in find("rotated", 4):
+        tile = demo.make_tile(1, *place, SIZE)
+        assert 8 <= abs(tile.row["angle"]) <= 25
+        back = Move(*(float(tile.row[name]) for name in ("dx", "dy", "angle"))).undo(tile.written)
+        inside = back != IGNORE
+        assert inside.mean() > 0.5 and (back == tile.clean)[inside].mean() > 0.985
+
+
+def test_deformed_masks_lie_off_by_no_more_than_they_say():
+    for place in find("deformed", 3):
+        tile = demo.make_tile(1, *place, SIZE)
+        bend = float(tile.row["bend"])
+        assert 10 <= bend <= 25
+        layout = demo.lay_out(demo.stream(1, *place, demo.LAYOUT), demo.make_slide(1, place[0]),
+                              demo.make_plan(1, *place), SIZE)
+        for k in np.unique(tile.written):  # every class lies at most so far from where it belongs
+            distance = distance_transform_edt(layout.field != k)
+            inner = np.s_[demo.MARGIN:demo.MARGIN + SIZE, demo.MARGIN:demo.MARGIN + SIZE]
+            assert distance[inner][tile.written == k].max() <= bend + 1
+
+
+def test_visible_defects_lie_on_tiles_with_glass_and_lay_more_tissue_on_it():
+    for place in find("shifted", 3):
+        plan = demo.make_plan(1, *place, visible=True)
+        assert 0.3 <= plan.glass <= 0.7
+        seen = demo.make_tile(1, *place, SIZE, visible=True)
+        layout = demo.lay_out(demo.stream(1, *place, demo.LAYOUT), demo.make_slide(1, place[0]), plan, SIZE)
+        y, x = demo.MARGIN + seen.row["dy"], demo.MARGIN + seen.row["dx"]
+        opposite = layout.field[y:y + SIZE, x:x + SIZE]
+        on_glass = [((mask > 0) & (seen.clean == 0)).sum() for mask in (seen.written, opposite)]
+        assert on_glass[0] >= on_glass[1]
 
 
 def test_algorithm_1_tells_clean_tiles_from_tissue_over_glass():
