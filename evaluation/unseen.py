@@ -25,7 +25,7 @@ class Known:
     """What a model has learned from."""
 
     digests: frozenset[str]  # of images
-    groups: frozenset[str]  # empty if the model learned from another data folder, whose groups mean nothing here
+    groups: frozenset[str]  # of the data folder asked about
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,12 @@ class UnseenTiles:
     root: Path
 
     @classmethod
-    def of_runs(cls, folders: Sequence[Path], config: Config) -> "UnseenTiles":
-        """Load the models of run folders; raise a `UserError` if they have other classes than the config."""
+    def of_runs(cls, folders: Sequence[Path], config: Config, tiles: Sequence[Tile]) -> "UnseenTiles":
+        """Load the models of run folders; raise a `UserError` if they have other classes than the config.
+
+        `tiles` are those of the data folder as the filter listed them last: a model knows the groups of those whose
+        images it has learned from.
+        """
         models = []
         for folder in folders:
             candidate = candidate_of_run(folder, "best", [f"device={config.device}"], flips=False)
@@ -48,9 +52,9 @@ class UnseenTiles:
             if not all(row["digest"] for row in rows):
                 raise UserError(f"{folder}: its list of training tiles has no digests, so nobody can tell whether it "
                                 "knows a tile; run data_filter.py and train it again")
-            is_same = Path(candidate.config.data.root).resolve() == Path(config.data.root).resolve()
-            groups = frozenset(row["group"] for row in rows if is_same) - {""}
-            models.append((candidate, Known(frozenset(row["digest"] for row in rows), groups)))
+            digests = frozenset(row["digest"] for row in rows)
+            groups = frozenset(tile.group for tile in tiles if tile.group and tile.digest in digests)
+            models.append((candidate, Known(digests, groups)))
         return cls(models, Path(config.data.root))
 
     def ask(self, tile: Tile) -> tuple[str, np.ndarray] | None:

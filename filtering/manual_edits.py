@@ -106,6 +106,8 @@ def differences(before: Sequence[Tile], text: bytes, after: Sequence[Tile]) -> l
     changes = {
         "set by hand and kept": [
             f"{new.key} ({new.proposed} -> {new.split})" for old, new in manual if _is_in_force(old, new)],
+        "given masks kept by hand": [
+            new.key for old, new in known if refuses_mask(old) and not old.manual_verdict],
         "set by hand, but not in force": [
             f"{new.key} ({old.manual_verdict}, now {new.split})" for old, new in manual if not _is_in_force(old, new)],
         "set by hand, but gone from the folder": [old.key for old in gone if old.manual_verdict],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 REPOSITORY = Path(__file__).parent.parent
 GREYS = np.array([26, 51, 77], np.uint8)
@@ -48,6 +49,26 @@ def tiny_config(root: Path):
     settings = config_files.apply_overrides(config.Config(name="tiny"), [*TINY, f"data.root={root}"])
     write_tiles(root / TILE_LIST, pipeline.filter_tiles(settings).tiles)
     return settings
+
+
+def scene(seed, size=600):
+    """Glass, tissue and tumour in smooth areas (size, size), and the colours that a microscope would show."""
+    random = np.random.default_rng(seed)
+    glass, tumour = (gaussian_filter(random.normal(size=(size, size)), 35) for _ in range(2))
+    labels = np.where(glass > 0, 0, np.where(tumour > 0, 2, 1)).astype(np.uint8)
+    colours = np.array([[240, 238, 241], [215, 150, 190], [140, 90, 160]])
+    return labels, (colours[labels] + random.normal(0, 12, (size, size, 3))).clip(0, 255).astype(np.uint8)
+
+
+def moved_mask(labels, move, window):
+    """The part of the mask that a tile gets: pixel by pixel, what lies where the move came from."""
+    top, left, height, width = window
+    angle = np.radians(move.clockwise)
+    y, x = np.mgrid[:height, :width]
+    y, x = y - (height - 1) / 2 - move.down, x - (width - 1) / 2 - move.right
+    from_y = np.cos(angle) * y - np.sin(angle) * x + (height - 1) / 2 + top  # turned back
+    from_x = np.sin(angle) * y + np.cos(angle) * x + (width - 1) / 2 + left
+    return labels[np.rint(from_y).astype(int), np.rint(from_x).astype(int)]
 
 
 def as_store(tiles):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import moved_mask, scene
 from scipy.ndimage import gaussian_filter
 
 from common.masks import IGNORE
@@ -9,26 +10,6 @@ from filtering import registration
 from filtering.registration import COARSE, FINE, MIDDLE, Colours, Move, Predictions, misregistration
 
 MOVES = [Move(30, 0, 0), Move(0, -25.5, 0), Move(-40, 20, 0), Move(0, 0, 12), Move(10, -15, -20), Move(55, 60, 5)]
-
-
-def scene(seed, size=600):
-    """Glass, tissue and tumour in smooth areas (size, size), and the colours that a microscope would show."""
-    random = np.random.default_rng(seed)
-    glass, tumour = (gaussian_filter(random.normal(size=(size, size)), 35) for _ in range(2))
-    labels = np.where(glass > 0, 0, np.where(tumour > 0, 2, 1)).astype(np.uint8)
-    colours = np.array([[240, 238, 241], [215, 150, 190], [140, 90, 160]])
-    return labels, (colours[labels] + random.normal(0, 12, (size, size, 3))).clip(0, 255).astype(np.uint8)
-
-
-def moved_mask(labels, move, window):
-    """The part of the mask that a tile gets: pixel by pixel, what lies where the move came from."""
-    top, left, height, width = window
-    angle = np.radians(move.clockwise)
-    y, x = np.mgrid[:height, :width]
-    y, x = y - (height - 1) / 2 - move.down, x - (width - 1) / 2 - move.right
-    from_y = np.cos(angle) * y - np.sin(angle) * x + (height - 1) / 2 + top  # turned back
-    from_x = np.sin(angle) * y + np.cos(angle) * x + (width - 1) / 2 + left
-    return labels[np.rint(from_y).astype(int), np.rint(from_x).astype(int)]
 
 
 def error(found, move, shape):

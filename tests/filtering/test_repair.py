@@ -1,0 +1,196 @@
+"""filtering/repair.py and filtering/new_masks.py: which pixels keep a class, and whose files are kept."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import moved_mask, scene
+from PIL import Image
+
+from common.config import Data, Filter
+from common.masks import IGNORE, read_mask
+from dataset import Tile
+from filtering import new_masks
+from filtering.audit import contradicted, disputed
+from filtering.registration import Move
+from filtering.repair import relabel, repair, wide_areas
+
+LIMITS = Filter(sigma=6.0, repair=True)
+MOVE = Move(30, -20, 8)
+
+
+@pytest.fixture
+def tile():
+    """Image, true classes, glass, and a mask that lies off by MOVE."""
+    labels, image = scene(11)
+    window = np.s_[150:450, 150:450]
+    return image[window], labels[window], labels[window] == 0, moved_mask(labels, MOVE, (150, 150, 300, 300))
+
+
+def test_a_mask_that_lies_off_is_moved_back(tile):
+    image, truth, glass, given = tile
+    new = repair(image, given, glass, [MOVE], LIMITS)
+    kept = new.labels != IGNORE
+    assert new.ignored == pytest.approx((~kept).mean()) and 0.1 < new.ignored < 0.4
+    assert (new.labels[kept] != truth[kept]).mean() < 0.01 < (given != truth).mean()
+    assert "moved by -30.0, +20.0 px, turned by -8.0 degrees" in new.what and f"{new.ignored:.1%} ignored" in new.what
+
+
+def test_a_move_after_which_the_mask_fits_worse_does_not_count(tile):
+    image, _truth, glass, given = tile
+    assert (repair(image, given, glass, [Move(-60, 40, 0), MOVE], LIMITS).labels
+            == repair(image, given, glass, [MOVE], LIMITS).labels).all()
+    in_place = repair(image, given, glass, [Move(-60, 40, 0)], LIMITS)
+    assert "moved" not in in_place.what
+
+
+def test_areas_that_contradict_the_image_lose_their_class(tile):
+    image, truth, glass, _ = tile
+    given = truth.copy()
+    given[:90] = np.where(glass[:90], 1, 0)  # tissue on glass and glass on tissue
+    new = repair(image, given, glass, [], LIMITS)
+    assert (new.labels[:84] == IGNORE).all() and (new.labels[120:] == truth[120:]).mean() > 0.95
+    kept = new.labels != IGNORE
+    assert (new.labels[kept] == truth[kept]).all()
+
+
+def test_areas_that_a_model_disputes_lose_their_class(tile):
+    image, truth, glass, _ = tile
+    probs = np.eye(3, dtype=np.float32)[truth]
+    given = truth.copy()
+    box = np.s_[40:140, 50:130]
+    given[box] = np.where(truth[box] == 1, 2, np.where(truth[box] == 2, 1, 0))
+    assert (repair(image, given, glass, [], LIMITS).labels == given).mean() > 0.99
+    new = repair(image, given, glass, [], LIMITS, probs)
+    kept = new.labels != IGNORE
+    assert (new.labels[kept] == truth[kept]).mean() > 0.999
+    unsure = 0.6 * probs + 0.4 / 3
+    assert (repair(image, given, glass, [], LIMITS, unsure).labels == given).mean() > 0.99
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"max_ignored": 0.1}, "lose"), ({"min_foreground": 0.99}, "too little tissue"), ({}, None),
+])
+def test_a_mask_that_loses_too_much_is_no_repair(tile, changes, expected):
+    image, _, glass, given = tile
+    new = repair(image, given, glass, [MOVE], Filter(**{"sigma": 6.0, **changes}))
+    assert (new.labels is None and expected in new.what) if expected else new.labels is not None
+
+
+def test_pixels_without_a_class_are_not_counted_as_lost(tile):
+    image, truth, glass, _ = tile
+    given = truth.copy()
+    given[:180] = IGNORE
+    new = repair(image, given, glass, [], Filter(sigma=6.0, max_ignored=0.1))
+    assert new.labels is not None and new.ignored > 0.55
+
+
+def test_a_prediction_becomes_a_mask_where_the_model_is_sure(tile):
+    _, truth, _, given = tile
+    random = np.random.default_rng(0)
+    probs = random.dirichlet((0.2, 0.2, 0.2), truth.shape).astype(np.float32)
+    new = relabel(given, probs, Filter(sure=0.8, max_ignored=1.0))
+    for y, x in random.integers(0, 300, (500, 2)):
+        expected = probs[y, x].argmax() if probs[y, x].max() >= 0.8 else IGNORE
+        assert new.labels[y, x] == expected
+
+
+def test_contradictions_and_disputes_are_told_pixel_by_pixel():
+    random = np.random.default_rng(0)
+    labels = random.choice([0, 1, 2, IGNORE], (20, 20)).astype(np.uint8)
+    glass, probs = random.random((20, 20)) < 0.5, random.dirichlet((0.3, 0.3, 0.3), (20, 20))
+    for y, x in np.ndindex(20, 20):
+        label = labels[y, x]
+        assert contradicted(labels, glass)[y, x] == (label != IGNORE and (label > 0) == glass[y, x])
+        assert disputed(labels, probs, 0.8)[y, x] == (
+            label != IGNORE and probs[y, x].argmax() != label and probs[y, x].max() >= 0.8)
+
+
+def test_wide_areas_have_room_for_a_disc():
+    pixels = np.zeros((60, 80), bool)
+    pixels[10:14, :], pixels[30:50, 20:50] = True, True  # a thin line and a block
+    found = wide_areas(pixels, 5)
+    assert not found[11, 70] and found[30:50, 20:50].all() and not found[:18].any()
+    assert found[40, 56] and not found[40, 61]  # a rim
+    assert not wide_areas(np.zeros((9, 9), bool), 5).any() and wide_areas(np.ones((40, 40), bool), 5).all()
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+@pytest.fixture
+def masks():
+    random = np.random.default_rng(0)
+    return {key: random.choice([0, 1, 2, IGNORE], (9, 11)).astype(np.uint8) for key in ("a", "b", "c")}
+
+
+def files_of(masks):
+    return {key: new_masks.encode(labels, 3) for key, labels in masks.items()}
+
+
+TILES = [Tile(key, f"frames/{key}.png", f"masks/{key}.png") for key in ("a", "b", "c")]
+
+
+def test_masks_are_read_back_whatever_the_users_masks_look_like(tmp_path, masks):
+    for data in (Data(root=str(tmp_path)), Data(root=str(tmp_path), colours=("ffffff", "00ff00", "ff0000"))):
+        new_masks.write(files_of(masks), data)
+        for key, labels in masks.items():
+            path = tmp_path / "repaired" / f"{key}.png"
+            assert (read_mask(path, data.of_new_masks) == labels).all()
+            assert (new_masks.decode(path.read_bytes()) == labels).all()
+            assert Image.open(path).mode == "P"
+
+
+def test_files_that_stay_the_same_are_not_touched_and_others_go(tmp_path, masks):
+    data = Data(root=str(tmp_path))
+    new_masks.write(files_of(masks), data)
+    before = (tmp_path / "repaired/a.png").stat().st_mtime_ns
+    masks["b"] = 2 - np.minimum(masks["b"], 2)
+    new_masks.write(files_of({key: masks[key] for key in ("a", "b")}), data)
+    assert (tmp_path / "repaired/c.png").exists(), "an old list may still need it"
+    new_masks.remove_others(files_of({key: masks[key] for key in ("a", "b")}), (), data)
+    assert sorted(path.name for path in (tmp_path / "repaired").glob("*.png")) == ["a.png", "b.png"]
+    assert (tmp_path / "repaired/a.png").stat().st_mtime_ns == before
+    assert (read_mask(tmp_path / "repaired/b.png", data.of_new_masks) == masks["b"]).all()
+    assert new_masks.made_by_hand(TILES, data) == set()
+
+
+def test_files_of_a_person_are_recognised_and_kept(tmp_path, masks):
+    data = Data(root=str(tmp_path))
+    new_masks.write(files_of({key: masks[key] for key in ("a", "b")}), data)
+    edited = np.array(masks["a"])
+    edited[0] = 1
+    (tmp_path / "repaired/a.png").write_bytes(new_masks.encode(edited, 3))
+    Image.fromarray(masks["c"]).save(tmp_path / "repaired/c.png")  # a grey image, and the filter never made one
+    assert new_masks.made_by_hand(TILES, data) == {"a", "c"}
+    new_masks.write(files_of({"b": masks["b"]}), data)
+    new_masks.remove_others({}, {"a", "c"}, data)
+    assert sorted(path.name for path in (tmp_path / "repaired").glob("*.png")) == ["a.png", "c.png"]
+    assert (read_mask(tmp_path / "repaired/a.png", data.of_new_masks) == edited).all()
+    assert new_masks.made_by_hand(TILES, data) == {"a", "c"}
+
+
+def test_a_killed_run_leaves_no_file_that_passes_for_a_persons(tmp_path, masks, monkeypatch):
+    data = Data(root=str(tmp_path))
+    new_masks.write(files_of({"a": masks["a"]}), data)
+    count = 0
+
+    def dies_after_one(path):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return replacing(path)
+
+    replacing = new_masks.replacing
+    monkeypatch.setattr(new_masks, "replacing", dies_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        new_masks.write(files_of({"a": masks["b"], "b": masks["b"], "c": masks["c"]}), data)
+    assert new_masks.made_by_hand(TILES, data) == set()
+    json.loads((tmp_path / "repaired/.written.json").read_text())
+
+
+def test_a_folder_of_tiles_is_not_written_to(tmp_path):
+    (tmp_path / "repaired").mkdir()
+    tiles = [Tile("a", "frames/a.png", "repaired/a.png")]
+    with pytest.raises(new_masks.UserError, match="rename the folder"):
+        new_masks.made_by_hand(tiles, Data(root=str(tmp_path)))

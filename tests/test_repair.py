@@ -1,0 +1,344 @@
+"""Repair from the command line: new masks, what a person decides about them, models and their predictions."""
+
+import csv
+import re
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers import GREYS, TINY, moved_mask, scene, script
+from PIL import Image
+
+from common.config import Config
+from common.config_files import apply_overrides
+from common.masks import IGNORE
+from common.store import open_store, read_pair
+from dataset import read_tiles
+from evaluation.unseen import UnseenTiles
+from filtering import report
+from filtering.registration import Move
+from training.training_set import prepare_data
+
+SIZE, SLIDES = 200, 5
+MOVED = {"s0-3": Move(22, -14, 0), "s1-2": Move(-25, 8, 6), "s2-0": Move(5, 30, 0)}
+LEFT_OUT, GONE = "s4-2", "s1-1"  # a part of the tissue, most of it
+CONFIG = ["data.root=tiles", "data.group=^(s\\d+)", "filter.sigma=5", "filter.max_unmarked=0.06", "filter.max_shift=15",
+          "data.test_fraction=0.25"]
+REPAIR = [*CONFIG, "filter.repair=true"]
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    """Twenty tiles of five slides; three masks lie off, and two lack tissue."""
+    root = tmp_path_factory.mktemp("tiles") / "tiles"
+    for name in ("frames", "masks"):
+        (root / name).mkdir(parents=True)
+    for slide in range(SLIDES):
+        for number in range(4):
+            key = f"s{slide}-{number}"
+            labels, image = scene(100 + 10 * slide + number, 400)
+            given = moved_mask(labels, MOVED.get(key, Move()), (100, 100, SIZE, SIZE))
+            if key == LEFT_OUT:
+                given[:, :SIZE // 3] = 0
+            if key == GONE:
+                given[:, :SIZE - 60] = 0
+            Image.fromarray(image[100:300, 100:300]).save(root / f"frames/frame#{key}.png")
+            Image.fromarray(GREYS[given]).save(root / f"masks/mask#{key}.png")
+    (root.parent / "any.yaml").write_text("model:\n  widths: [4, 8]\n")
+    return root
+
+
+@pytest.fixture
+def pictures(request, monkeypatch):
+    """Draw no pictures, which take most of the time, unless a test is marked by the parameter."""
+    if not getattr(request, "param", False):
+        monkeypatch.setattr(report, "sheets", lambda result, limits: {})
+
+
+@pytest.fixture
+def place(tiles, tmp_path, pictures):
+    shutil.copytree(tiles.parent, tmp_path / "place")
+    return tmp_path / "place"
+
+
+def rows(place):
+    with (place / "tiles/tiles.csv").open(newline="") as file:
+        return {row["key"]: row for row in csv.DictReader(file)}
+
+
+def edit(place, **changes):
+    """Change cells of the list: key with _ for -, and the columns."""
+    found = rows(place)
+    for key, cells in changes.items():
+        found[key.replace("_", "-")] |= cells
+    with (place / "tiles/tiles.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, next(iter(found.values())).keys())
+        writer.writeheader()
+        writer.writerows(found.values())
+
+
+def filtered(here, place, *settings, code=0):
+    out = here("data_filter.py", "--config", "any.yaml", *settings, "--workers", 1, cwd=place)
+    assert out.returncode == code, out.stderr
+    return out
+
+
+def truth(key):
+    slide, number = key[1:].split("-")
+    return scene(100 + 10 * int(slide) + int(number), 400)[0][100:300, 100:300]
+
+
+def mask_in_use(place, key):
+    data = apply_overrides(Config(), [f"data.root={place / 'tiles'}"]).data
+    tile = next(tile for tile in read_tiles(data) if tile.key == key)
+    return read_pair(tile.pair, data)[1]
+
+
+@pytest.mark.parametrize("pictures", [True], indirect=True)
+def test_masks_are_repaired_and_the_given_ones_stay(place, here):
+    before = {path.name: path.read_bytes() for path in (place / "tiles/masks").iterdir()}
+    filtered(here, place, *CONFIG)
+    dropped = {key for key, row in rows(place).items() if row["split"] not in ("train", "test")}
+    assert {*MOVED, LEFT_OUT, GONE} == dropped and not (place / "tiles/repaired").exists()
+    out = filtered(here, place, *REPAIR)
+    found = rows(place)
+    for key, move in MOVED.items():
+        row, mask = found[key], mask_in_use(place, key)
+        kept = mask != IGNORE
+        assert row["mask_from"] == "repaired" and row["split"] in ("train", "test") and "moved by" in row["reason"]
+        assert (mask[kept] != truth(key)[kept]).mean() < 0.02
+        assert float(row["ignored"]) == pytest.approx((~kept).mean())
+        assert float(row["shift_x"]) == pytest.approx(move.right, abs=3)
+        assert float(row["shift_y"]) == pytest.approx(move.down, abs=3)
+        assert float(row["angle"]) == pytest.approx(move.clockwise, abs=2.5)
+        assert float(row["shift"]) == pytest.approx(move.length((SIZE, SIZE)), abs=5)
+    assert found[LEFT_OUT]["mask_from"] == "repaired" and found[GONE]["mask_from"] == "given"
+    assert found[GONE]["split"] == "unmarked" and "would lose" in found[GONE]["reason"]
+    assert {key for key, row in found.items() if row["mask_from"] == "repaired"} == {*MOVED, LEFT_OUT}
+    assert {path.name: path.read_bytes() for path in (place / "tiles/masks").iterdir()} == before
+    assert "masks repaired: 4 (" in out.stdout and "% of their pixels are ignored" in out.stdout
+    summary = (place / "tiles/filter/summary.md").read_text()
+    assert "## New masks" in summary and "masks repaired: 4" in summary
+    assert (place / "tiles/filter/repaired.png").stat().st_size > 10_000
+
+
+def test_a_second_run_changes_nothing_and_without_repair_the_masks_go(place, here):
+    filtered(here, place, *REPAIR)
+    first, text = rows(place), (place / "tiles/tiles.csv").read_bytes()
+    times = {path: path.stat().st_mtime_ns for path in (place / "tiles/repaired").iterdir() if path.suffix == ".png"}
+    assert len(times) == 4
+    filtered(here, place, *REPAIR)
+    assert (place / "tiles/tiles.csv").read_bytes() == text
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    filtered(here, place, *CONFIG)
+    assert not list((place / "tiles/repaired").glob("*.png"))
+    assert {key for key, row in rows(place).items() if row["mask_from"] != "given"} == set()
+    assert Counter(row["split"] in ("train", "test") for row in first.values())[True] == 19
+
+
+def test_with_several_workers_the_result_is_the_same(place, here):
+    filtered(here, place, *REPAIR)
+    text = (place / "tiles/tiles.csv").read_bytes()
+    (place / "tiles/tiles.csv").unlink()
+    out = here("data_filter.py", "--config", "any.yaml", *REPAIR, "--workers", 2, cwd=place)
+    assert out.returncode == 0 and (place / "tiles/tiles.csv").read_bytes() == text
+
+
+def test_the_new_masks_can_lie_in_a_cache(place, here):
+    filtered(here, place, *REPAIR, "data.cache=lists")
+    assert len(list((place / "lists/repaired").glob("*.png"))) == 4 and not (place / "tiles/repaired").exists()
+    data = apply_overrides(Config(), [f"data.root={place / 'tiles'}", f"data.cache={place / 'lists'}"]).data
+    pairs = [tile.pair for tile in read_tiles(data) if tile.split in ("train", "test")]
+    store = open_store(pairs, data)
+    for i, pair in enumerate(pairs):
+        assert (store.tile(i)[..., 3] == read_pair(pair, data)[1]).all()
+    assert sum((store.tile(i)[..., 3] == IGNORE).any() for i in range(len(store))) == 4
+
+
+def test_who_wants_the_given_mask_gets_it(place, here):
+    filtered(here, place, *REPAIR)
+    edit(place, s0_3={"mask_from": "given"}, s2_0={"split": "excluded"})
+    for _ in range(2):
+        out = filtered(here, place, *REPAIR)
+        row = rows(place)["s0-3"]
+        assert row["mask_from"] == "given" and row["split"] == row["by_hand"] in ("train", "test")
+        assert row["proposed"] in ("misregistered", "unmarked", "shifted") and "refused" in row["reason"]
+        assert rows(place)["s2-0"]["split"] == "excluded" and "set by hand and kept (" in out.stdout
+        assert "given masks kept by hand (1): s0-3" in out.stdout or "set by hand and kept (2)" in out.stdout
+    edit(place, s0_3={"split": row["proposed"], "by_hand": ""})  # taken back
+    filtered(here, place, *REPAIR)
+    assert rows(place)["s0-3"]["mask_from"] == "repaired"
+
+
+def test_a_tile_that_was_kept_with_its_mask_against_the_filter_is_not_repaired(place, here):
+    filtered(here, place, *CONFIG)
+    edit(place, s0_3={"split": "train"})
+    filtered(here, place, *REPAIR)
+    row = rows(place)["s0-3"]
+    assert row["mask_from"] == "given" and row["by_hand"] == row["split"] in ("train", "test")
+
+
+def test_masks_edited_by_hand_are_kept(place, here):
+    filtered(here, place, *REPAIR)
+    path, new = place / "tiles/repaired/s0-3.png", place / "tiles/repaired/s1-1.png"
+    labels = np.array(Image.open(path))
+    labels[:50, :60] = 1
+    for target in (path, new):  # one that the filter made, and one that it did not
+        Image.fromarray(labels).save(target)
+    for settings in (REPAIR, [*REPAIR, "filter.max_ignored=0.05"]):
+        out = filtered(here, place, *settings)
+        found = rows(place)
+        assert (mask_in_use(place, "s0-3") == labels).all() and (mask_in_use(place, "s1-1") == labels).all()
+        for key in ("s0-3", "s1-1"):
+            assert found[key]["mask_from"] == "repaired" and found[key]["split"] in ("train", "test")
+            assert "by hand" in found[key]["reason"]
+            assert float(found[key]["ignored"]) == pytest.approx((labels == IGNORE).mean())
+        assert "made or edited by hand and stay as they are: 2" in out.stdout
+    Image.fromarray(np.full((SIZE, SIZE), 7, np.uint8)).save(new)
+    out = filtered(here, place, *REPAIR, code=2)
+    assert "s1-1.png: contains 7" in out.stderr
+    Image.fromarray(labels[:50]).save(new)
+    out = filtered(here, place, *REPAIR, code=2)
+    assert "the mask is 50 x 200 pixels" in out.stderr
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+TRAIN = [*TINY, "data.crop=32", "model.widths=[6,12]", "train.images_per_epoch=48", "train.epochs=4", "optim.lr=0.01",
+         *CONFIG]
+
+
+@pytest.fixture(scope="module")
+def asked(tiles, tmp_path_factory):
+    """A copy of the tiles that was repaired, with three cross-fitted models."""
+    place = tmp_path_factory.mktemp("asked") / "place"
+    shutil.copytree(tiles.parent, place)
+    for command in (["data_filter.py", "--config", "any.yaml", *REPAIR, "--workers", 1],
+                    ["tools.cross_fit", "--config", "any.yaml", "--parts", 3, *TRAIN]):
+        out = script(*command, cwd=place)
+        assert out.returncode == 0, out.stderr
+    return place
+
+
+RUNS = [f"runs/any.part{part}" for part in (1, 2, 3)]
+
+
+def test_every_training_group_is_left_out_once(asked):
+    found, data = rows(asked), apply_overrides(Config(), [f"data.root={asked / 'tiles'}"]).data
+    train = {key for key, row in found.items() if row["split"] == "train"}
+    left_out = []
+    for run in RUNS:
+        with (asked / run / "trained_on.csv").open(newline="") as file:
+            learned = list(csv.DictReader(file))
+        assert {row["key"] for row in learned} < train
+        assert all(row["digest"] == found[row["key"]]["digest"] != "" for row in learned)
+        groups = {row["group"] for row in learned}
+        left_out.append({found[key]["group"] for key in train} - groups)
+        assert {row["key"] for row in learned} == {key for key in train if found[key]["group"] in groups}
+    assert sorted(group for groups in left_out for group in groups) == sorted({found[key]["group"] for key in train})
+    assert all(left_out) and data.classes == ("background", "tissue", "tumour")
+
+
+def test_each_tile_is_asked_of_a_model_that_does_not_know_it(asked):
+    config = apply_overrides(Config(), [f"data.root={asked / 'tiles'}", "device=cpu"])
+    models = UnseenTiles.of_runs([asked / run for run in RUNS], config, read_tiles(config.data))
+    names = set()
+    for tile in read_tiles(config.data):
+        name, probs = models.ask(tile)
+        with (asked / f"runs/{name}/trained_on.csv").open(newline="") as file:
+            assert tile.group not in {row["group"] for row in csv.DictReader(file)}
+        assert probs.shape == (SIZE, SIZE, 3) and probs.dtype == np.uint8 and abs(probs.sum(-1).mean() - 255) < 2
+        names.add(name)
+    assert names == {"any.part1", "any.part2", "any.part3"}
+    assert models.ask(tile.__class__("x", "frames/none.png", "m")) is None
+
+
+def test_the_tool_goes_on_where_it_was_interrupted(asked, tmp_path, here):
+    shutil.copytree(asked, tmp_path / "place")
+    before = (tmp_path / "place/runs/any.part1/checkpoints/last.pt").read_bytes()
+    shutil.rmtree(tmp_path / "place/runs/any.part3")
+    out = here("tools.cross_fit", "--config", "any.yaml", "--parts", 3, *TRAIN, cwd=tmp_path / "place")
+    assert out.returncode == 0 and "any.part1: complete" in out.stdout and "any.part2: complete" in out.stdout
+    assert (tmp_path / "place/runs/any.part1/checkpoints/last.pt").read_bytes() == before
+    assert (tmp_path / "place/runs/any.part3/checkpoints/last.pt").exists() and "--model runs/any.part1" in out.stdout
+
+
+def test_masks_are_measured_against_the_models(asked, here, tmp_path):
+    shutil.copytree(asked, tmp_path / "place")
+    place = tmp_path / "place"
+    filtered(here, place, *REPAIR, "--model", *RUNS)
+    found = rows(place)
+    for key, row in found.items():
+        assert 0 <= float(row["quality"]) <= 1 and 0 <= float(row["disagreement"]) <= 1, key
+        assert row["model_confidence"] == "" or 0 <= float(row["model_confidence"]) <= 1
+    bad = [float(found[key]["quality"]) for key in (*MOVED, LEFT_OUT, GONE)]
+    good = [float(row["quality"]) for key, row in found.items() if key not in (*MOVED, LEFT_OUT, GONE)]
+    assert np.mean(bad) < np.mean(good)
+    for key in MOVED:
+        mask = mask_in_use(place, key)
+        assert (mask[mask != IGNORE] != truth(key)[mask != IGNORE]).mean() < 0.03
+
+
+def test_predictions_become_masks_of_training_tiles_only(asked, here, tmp_path):
+    shutil.copytree(asked, tmp_path / "place")
+    place = tmp_path / "place"
+    settings = ["filter.relabel=true", "filter.max_ignored=0.3", "filter.sure=0.51"]
+    filtered(here, place, *REPAIR, *settings, "--model", *RUNS)
+    found = rows(place)
+    relabelled = {key: row for key, row in found.items() if row["mask_from"].startswith("model ")}
+    assert relabelled and all(row["split"] == "train" for row in relabelled.values())
+    assert all(row["mask_from"] in ("model any.part1", "model any.part2", "model any.part3") for row in
+               relabelled.values())
+    tested = {row["group"] for row in found.values() if row["split"] == "test"}
+    for key in (*MOVED, LEFT_OUT, GONE):
+        row = found[key]
+        if row["group"] in tested and row["split"] != "test":
+            assert row["mask_from"] == "given" and row["split"] in ("unmarked", "misregistered", "shifted")
+    name = next(iter(relabelled))
+    edit(place, **{name.replace("-", "_"): {"split": "test"}})
+    out = here("train.py", "--config", "any.yaml", *TRAIN, "name=x", cwd=place)
+    assert out.returncode == 2 and "are predictions" in out.stderr
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([*REPAIR, "filter.relabel=true"], "filter.relabel needs --model"),
+    ([*REPAIR, "filter.max_disagreement=0.1"], "filter.max_disagreement needs --model"),
+    ([*REPAIR, "--model", "runs/nothing"], "no such"),
+    ([*REPAIR, "--model", RUNS[0]], "every model has learned from its slide or patient .*tools.cross_fit"),
+    ([*REPAIR, "data.classes=[glass,tissue,tumour]", "--model", *RUNS], "use a model of the same classes"),
+])
+def test_models_that_cannot_be_asked_are_refused(asked, here, words, expected):
+    before = (asked / "tiles/tiles.csv").read_bytes()
+    out = here("data_filter.py", "--config", "any.yaml", *words, "--workers", 1, cwd=asked)
+    assert out.returncode == 2 and out.stderr.count("error:") == 1
+    assert re.search(expected, out.stderr), out.stderr
+    assert (asked / "tiles/tiles.csv").read_bytes() == before
+
+
+def test_the_same_image_under_another_name_is_known(asked, here, tmp_path):
+    """A copy of the folder without groups: only the images tell that the models have learned from them."""
+    shutil.copytree(asked, tmp_path / "place")
+    place = tmp_path / "place"
+    (place / "tiles").rename(place / "others")
+    others = [*REPAIR, "data.root=others"]
+    out = here("data_filter.py", "--config", "any.yaml", *others, "--workers", 1, "--model", RUNS[1], cwd=place)
+    assert out.returncode == 2 and "every model has learned from" in out.stderr
+    (place / RUNS[0] / "trained_on.csv").unlink()
+    out = here("data_filter.py", "--config", "any.yaml", *others, "--model", RUNS[0], cwd=place)
+    assert out.returncode == 2 and "train it again" in out.stderr
+
+
+def test_leaving_out_is_checked(asked):
+    for value, expected in (("3/2", "leave_out must"), ("0/3", "leave_out must"), ("x", "leave_out must")):
+        with pytest.raises(Exception, match=expected):
+            apply_overrides(Config(), [f"train.leave_out={value}"])
+    config = apply_overrides(Config(), [*TRAIN, f"data.root={asked / 'tiles'}", "train.leave_out=1/40"])
+    with pytest.raises(Exception, match="at most 4 parts"):
+        prepare_data(config)
+
+
+def test_a_resumed_part_leaves_out_the_same_tiles(asked):
+    config = apply_overrides(Config(), [*TRAIN, f"data.root={asked / 'tiles'}", "train.leave_out=2/3"])
+    with (asked / RUNS[1] / "trained_on.csv").open(newline="") as file:
+        assert [tile.key for tile in prepare_data(config).tiles] == [row["key"] for row in csv.DictReader(file)]
