@@ -96,7 +96,7 @@ def misregistration(criterion: Criterion, labels: np.ndarray) -> tuple[Move, flo
         return None
     cell = cell_size(labels.shape, COARSE)
     shares = cell_means(np.stack([labels == k for k in classes], axis=-1), cell)  # (h, w, n)
-    in_place, candidates = _search(criterion, shares, classes, cell)
+    in_place, candidates = search(criterion, shares, classes, cell)
     if not in_place > 0:
         return None
     promising = [move for value, move in candidates if value < (1 - LEAST_GAIN) * in_place]
@@ -110,12 +110,12 @@ def misregistration(criterion: Criterion, labels: np.ndarray) -> tuple[Move, flo
     return best, round(float(max(0.0, 1 - moved / in_place if in_place > 0 else 0.0)), 4)
 
 
-def _penalty(shift: float | np.ndarray, angle: float) -> float | np.ndarray:
+def penalty(shift: float | np.ndarray, angle: float) -> float | np.ndarray:
     """Return what a shift, as a share of the tile's shorter side, and a rotation in degrees must gain."""
     return SHIFT_PENALTY * shift + TURN_PENALTY * abs(angle) / ANGLES.max()
 
 
-def _search(criterion: Criterion, shares: np.ndarray, classes: Sequence[int],
+def search(criterion: Criterion, shares: np.ndarray, classes: Sequence[int],
             cell: int) -> tuple[float, list[tuple[float, Move]]]:
     """Return the criterion in place and the moves that fit best on the coarse grid, each with its criterion.
 
@@ -123,11 +123,11 @@ def _search(criterion: Criterion, shares: np.ndarray, classes: Sequence[int],
     """
     found, in_place, side = [], np.inf, min(shares.shape[:2])
     for angle in ANGLES:
-        values, overlap = criterion.of_shifts(_turned(shares, angle), classes)
+        values, overlap = criterion.of_shifts(turned(shares, angle), classes)
         if angle == 0:
             in_place = values[0, 0]
         y, x = np.meshgrid(*(fft.fftfreq(length, 1 / length) for length in values.shape), indexing="ij")
-        costs = np.where(overlap >= MIN_OVERLAP * shares.sum(), values + _penalty(np.hypot(y, x) / side, angle), np.inf)
+        costs = np.where(overlap >= MIN_OVERLAP * shares.sum(), values + penalty(np.hypot(y, x) / side, angle), np.inf)
         best = costs.argmin()
         turn = Move(clockwise=float(angle))
         down, right = -turn.matrix @ (y.flat[best], x.flat[best]) * cell  # this step moves the turned mask back
@@ -144,7 +144,7 @@ def _are_apart(move: Move, other: Move, cell: int) -> bool:
             or np.hypot(move.right - other.right, move.down - other.down) > 3 * cell)
 
 
-def _turned(shares: np.ndarray, angle: float) -> np.ndarray:
+def turned(shares: np.ndarray, angle: float) -> np.ndarray:
     """Return shares (h, w, K) of classes turned back by an angle; nothing enters from outside."""
     if angle == 0:
         return shares
@@ -170,7 +170,7 @@ def _refine(criterion: Criterion, labels: np.ndarray, start: Move, cells: int, s
 
 def _cost(criterion: Criterion, labels: np.ndarray, move: Move, cells: int) -> float:
     shift = np.hypot(move.right, move.down) / min(labels.shape)
-    return fit(criterion, labels, move, cells) + _penalty(shift, move.clockwise)
+    return fit(criterion, labels, move, cells) + penalty(shift, move.clockwise)
 
 
 def fit(criterion: Criterion, labels: np.ndarray, move: Move, cells: int = MIDDLE) -> float:

@@ -20,7 +20,7 @@ from filtering.pipeline import filter_tiles
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import plain, roofline
 from tools.benchmark.__main__ import QUICK, benchmarks, table_row, with_roofline
-from tools.benchmark.filtering import multiply, original_pass
+from tools.benchmark.filtering import multiply, original_pass, our_search, plain_search, with_labels
 from tools.benchmark.many_tiles import many_tiles
 from tools.benchmark.network import (
     STATISTICS,
@@ -64,6 +64,11 @@ def test_the_plain_way_keeps_the_same_tiles_as_ours(tiles, tmp_path):
     kept = {tile.key for tile in result.tiles if tile.split in SPLITS}
     assert {path.stem.removeprefix("mask") for path in (tmp_path / "npz").glob("mask*")} == kept
     assert {tile.split for tile in result.tiles} > {"sparse", "misregistered"}
+
+
+def test_the_plain_search_finds_the_same_move_as_ours(tiles):
+    for image, labels in with_labels(tiles / "data/demo", 2):
+        assert plain_search(image, labels) == our_search(image, labels)
 
 
 def test_the_plain_way_predicts_the_same_as_ours():

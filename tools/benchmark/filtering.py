@@ -1,4 +1,7 @@
-"""Time the filter: Algorithm 1 alone, and all steps from files to verdicts, against the report's code."""
+"""Time the filter: Algorithm 1 alone, and all steps from files to verdicts, against the report's code.
+
+The report has no registration, so `filter_register` compares with a plain search over the same moves.
+"""
 
 import os
 import re
@@ -17,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from common.config import Config, Data, Filter
 from common.store import read_pair
 from dataset import Tile, find_pairs
-from filtering import pipeline
+from filtering import pipeline, registration
 from filtering.audit import find_glass, inverted_grey
 from tools.benchmark.race import Lap, Race, Setting, alone, plain_row
 
@@ -38,6 +41,44 @@ def our_check(image: np.ndarray, tissue: np.ndarray, limits: Filter = REPORT) ->
     return np.count_nonzero(glass & tissue) / np.count_nonzero(tissue) < limits.max_blank
 
 
+def our_search(image: np.ndarray, labels: np.ndarray) -> registration.Move:
+    """Return the move that fits best on the coarse grid."""
+    cell = registration.cell_size(labels.shape, registration.COARSE)
+    classes = np.unique(labels)
+    shares = registration.cell_means(np.stack([labels == k for k in classes], -1), cell)
+    return registration.search(registration.Colours(image, REPORT.sigma), shares, classes, cell)[1][0][1]
+
+
+def plain_search(image: np.ndarray, labels: np.ndarray) -> registration.Move:
+    """Return the same by loops over all rotations and shifts, which compare both maps on their overlap."""
+    cell, best = registration.cell_size(labels.shape, registration.COARSE), (np.inf, registration.Move())
+    classes = np.unique(labels)
+    shares = registration.cell_means(np.stack([labels == k for k in classes], -1), cell)
+    colours = registration.Colours(image, REPORT.sigma).grids[registration.COARSE]
+    height, width = shares.shape[:2]
+    for angle in registration.ANGLES:
+        turned = registration.turned(shares, angle)
+        for down in range(-height // 2, height // 2 + 1):
+            for right in range(-width // 2, width // 2 + 1):
+                rows, columns = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
+                cut = turned[max(-down, 0):height - max(down, 0), max(-right, 0):width - max(right, 0)].reshape(
+                    -1, len(classes))
+                if cut.sum() < registration.MIN_OVERLAP * shares.sum():
+                    continue
+                under, weights = colours[rows, columns].reshape(-1, 3), cut.sum(1)
+                mean = weights @ under / weights.sum()
+                deviations = under - mean
+                sums, counts = cut.T @ deviations, cut.sum(0)
+                between = (sums[counts > 0.5]**2 / counts[counts > 0.5, None]).sum()
+                cost = 1 - between / (weights @ deviations**2).sum() + registration.penalty(
+                    np.hypot(down, right) / min(height, width), angle)
+                if cost < best[0]:
+                    turn = registration.Move(clockwise=float(angle))
+                    y, x = -turn.matrix @ (down, right) * cell
+                    best = cost, registration.Move(x, y, turn.clockwise)
+    return best[1]
+
+
 def original_pass(root: Path, tiles: Sequence[Tile], out: Path | None) -> None:
     """Decode a mask, apply the 1 % rule, decode the image, check it; write both as compressed npz if `out` is given."""
     for tile in tiles:
@@ -54,11 +95,16 @@ def original_pass(root: Path, tiles: Sequence[Tile], out: Path | None) -> None:
 
 def with_tissue(root: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return images and annotated tissue of the first tiles that pass the 1 % rule."""
+    return [(image, labels > 0) for image, labels in with_labels(root, count)]
+
+
+def with_labels(root: Path, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return images and classes of the first tiles that pass the 1 % rule."""
     pairs = []
     for tile in demo_tiles(root):
         image, mask = read_pair(tile.pair, Data(root=str(root)))
         if np.mean(mask > 0) >= REPORT.min_foreground:
-            pairs.append((image, mask > 0))
+            pairs.append((image, mask))
         if len(pairs) == count:
             break
     return pairs
@@ -86,6 +132,11 @@ def multiply(root: Path, out: Path, count: int) -> Config:
 def check(setting: Setting, keep: Callable[[np.ndarray, np.ndarray], bool]) -> Lap:
     pairs = with_tissue(setting.root, 20 if setting.quick else 60)
     return Lap(lambda: [keep(*pair) for pair in pairs], len(pairs))
+
+
+def register(setting: Setting, search: Callable[[np.ndarray, np.ndarray], registration.Move]) -> Lap:
+    pairs = [(image, labels) for image, labels in with_labels(setting.root, 2 if setting.quick else 6)]
+    return Lap(lambda: [search(*pair) for pair in pairs], len(pairs))
 
 
 def our_pass(setting: Setting) -> Lap:
@@ -158,6 +209,7 @@ def memory(setting: Setting) -> dict:
 RACES = {
     name: Race(ours, plain, one_thread=True, keeps_memory=False) for name, ours, plain in (
         ("filter_check", partial(check, keep=our_check), partial(check, keep=literal_check)),
+        ("filter_register", partial(register, search=our_search), partial(register, search=plain_search)),
         ("filter_pass", our_pass, partial(plain_pass, npz=True)),
         ("filter_judge", our_pass, partial(plain_pass, npz=False)))
 }
