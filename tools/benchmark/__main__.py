@@ -21,8 +21,8 @@ the range of the ratios. If our scripts keep memory for reuse (common/memory.py)
                      npz files and normalises its samples; crops_normalised: ours normalised too
     snapshot         copy weights and Adam state and put them back, against deepcopy
     filter_check     Algorithm 1 on a decoded tile on one core, against the report's lines
-    filter_register  find the shift and rotation of a mask on the coarse grid: Fourier transforms, against loops over all
-                     moves
+    filter_register  find the shift and rotation of a mask on the coarse grid: by Fourier transforms, against loops over
+                     all moves
     filter_pass      a tile from files to verdict on one core, against the original's way: decode, check, write what is
                      kept as compressed npz. Ours writes no npz, but also measures unmarked tissue and the mask's shift
     filter_judge     the same without npz on either side
