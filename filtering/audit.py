@@ -90,9 +90,15 @@ def disputed(labels: np.ndarray, probs: np.ndarray, sure: float) -> np.ndarray:
     return (labels != IGNORE) & (probs.argmax(-1) != labels) & (probs.max(-1) >= sure)
 
 
-def contradicted(labels: np.ndarray, glass: np.ndarray) -> np.ndarray:
-    """Return where classes (H, W) say tissue and the image shows glass, or the other way round: (H, W) bool."""
-    return (labels != IGNORE) & ((labels > 0) == glass)
+def contradicted(labels: np.ndarray, glass: np.ndarray, limits: Filter) -> np.ndarray:
+    """Return where classes (H, W) say tissue and the image shows glass, or the other way round: (H, W) bool.
+
+    A contradiction counts only if it has a limit. Without `max_unmarked`, for example, background may mean more than
+    glass, such as everything outside glands.
+    """
+    on_glass, left_out = (labels > 0) & glass, (labels == 0) & ~glass
+    return (labels != IGNORE) & ((on_glass & (limits.max_blank is not None))
+                                 | (left_out & (limits.max_unmarked is not None)))
 
 
 def _measured_move(prefix: str, found: tuple[Move, float] | None, shape: tuple[int, ...]) -> dict[str, float | None]:

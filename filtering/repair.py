@@ -40,7 +40,7 @@ def repair(image: np.ndarray, labels: np.ndarray, glass: np.ndarray, moves: Sequ
     for move in moves:
         moved = move.undo(labels)
         left = np.count_nonzero(moved != IGNORE)
-        if (left and np.count_nonzero(contradicted(moved, glass)) <= MOST_CONTRADICTED * left
+        if (left and np.count_nonzero(contradicted(moved, glass, limits)) <= MOST_CONTRADICTED * left
                 and fit(colours, labels, move) <= fit(colours, labels, Move())):
             return _without_doubt(labels, moved, glass, limits, probs, _describe(move))
     return _without_doubt(labels, labels, glass, limits, probs, "")
@@ -61,7 +61,7 @@ def wide_areas(pixels: np.ndarray, radius: float) -> np.ndarray:
 def _without_doubt(given: np.ndarray, labels: np.ndarray, glass: np.ndarray, limits: Filter,
                    probs: np.ndarray | None, what: str) -> NewMask:
     """Return classes (H, W) without those in doubt: the borders of glass are known to about half of sigma."""
-    doubtful = wide_areas(contradicted(labels, glass), limits.sigma / 2)
+    doubtful = wide_areas(contradicted(labels, glass, limits), limits.sigma / 2)
     if probs is not None:
         doubtful |= wide_areas(disputed(labels, probs, limits.sure), limits.sigma / 2)
     return _checked(given, np.where(doubtful, np.uint8(IGNORE), labels), limits, what)

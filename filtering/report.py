@@ -6,7 +6,7 @@
     kept_most_NAME.png        the kept tiles with the largest values of a measurement without threshold
     repaired.png              tiles with a new mask, each with the given mask before it; relabelled.png likewise
     dropped_REASON.png        dropped tiles, the nearest to the threshold first
-    settings.yaml             the filter's part of the config
+    settings.yaml             the parts `data` and `filter` of the config
     tiles_before.csv          the list that this run replaced, if there was one
 """
 
@@ -296,6 +296,7 @@ def write(folder: Path, result: FilterResult, config: Config, changes: Sequence[
             palette.save(figure, folder / name)
     palette.save(histograms(result, config.filter), folder / "histograms.png")
     write_text(folder / "summary.md", summary(result, config, changes, list(contents)))
-    write_text(folder / "settings.yaml", yaml.safe_dump({"filter": to_dict(config.filter)}, sort_keys=False))
+    write_text(folder / "settings.yaml", yaml.safe_dump(
+        {"data": to_dict(config.data), "filter": to_dict(config.filter)}, sort_keys=False))
     if before.exists():
         shutil.copyfile(before, folder / "tiles_before.csv")

@@ -5,8 +5,7 @@
 
 Reads DATA/truth.csv (tools/make_demo_data.py), DATA/tiles.csv and DATA/filter/settings.yaml (data_filter.py); the
 verdicts follow from the measurements in tiles.csv, with the filter's limits or others. Prints and writes
-DATA/filter/accuracy.md, and draws precision and recall over each threshold in accuracy.png; the next run of the filter
-replaces them with its folder.
+DATA/filter_accuracy/accuracy.md, and draws precision and recall over each threshold in accuracy.png.
 
 Precision: of the tiles that a rule drops, the share that has a defect it is to find. Recall: of the tiles with such a
 defect, the share that it drops. The 1 % rule is to find `empty` tiles, the other rules the defects of masks. A tile to
@@ -28,8 +27,11 @@ from common.config import Data, Filter
 from common.config_files import apply_overrides, load_config
 from common.console import UserError, argument_parser, markdown_table, run, table
 from common.files import write_text
+from common.masks import IGNORE, read_mask
 from common.pictures import picture_size
-from dataset import FILTER_FOLDER, Tile, read_tiles
+from common.result_folders import replacing_folder
+from common.store import read_pair
+from dataset import FILTER_FOLDER, SPLITS, Tile, read_tiles
 from filtering.audit import verdict
 from filtering.registration import Move
 from filtering.report import MEASURED, measured
@@ -45,6 +47,40 @@ THRESHOLDS = {"blank": (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3),
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What is left of the tiles that have tissue, and how right the masks in use are."""
+
+    tiles: float  # share of the tiles
+    pixels: float  # share of their pixels
+    wrong: float  # share of the pixels that have a class
+    moved_dropped: float  # share of the shifted and rotated tiles
+
+    @classmethod
+    def of(cls, root: Path, data: Data, min_foreground: float = 0.01) -> "Kept":
+        """Compare the masks in use with the clean ones in root/truth/; tiles that are sparse in truth do not count.
+
+        `data` says where the list lies and how masks are read.
+        """
+        truth, moved, in_use = read_truth(root), [], 0
+        pixels = labelled = wrong = 0
+        for tile in read_tiles(data):
+            row, is_kept = truth[tile.key], tile.split in SPLITS
+            if float(row["foreground"]) < min_foreground:
+                continue
+            if row["defect"] in ("shifted", "rotated"):
+                moved.append(not is_kept)
+            clean = read_mask(root / "truth" / f"mask#{tile.key}.png", data)
+            pixels += clean.size
+            if is_kept:
+                labels = read_pair(tile.pair, data)[1]
+                in_use += 1
+                labelled += np.count_nonzero(labels != IGNORE)
+                wrong += np.count_nonzero((labels != clean) & (labels != IGNORE))
+        total = sum(float(row["foreground"]) >= min_foreground for row in truth.values())
+        return cls(in_use / total, labelled / pixels, wrong / max(labelled, 1), float(np.mean(moved)) if moved else 0.0)
+
+
+@dataclass(frozen=True)
 class Planted:
     """A tile as the filter measured it, and what was done to it."""
 
@@ -56,21 +92,26 @@ class Planted:
     shape: tuple[int, int] = (0, 0)  # height and width
 
 
-def read(folder: Path) -> list[Planted]:
+def read_truth(folder: Path) -> dict[str, dict[str, str]]:
+    """Read truth.csv, a row for each key."""
     path = folder / "truth.csv"
     if not path.is_file():
-        raise UserError(f"{path}: missing; only tiles of `python -m tools.make_demo_data` have planted defects")
+        raise UserError(f"{path}: missing; only tiles of tools.make_demo_data or tools.move_masks have planted defects")
     with path.open(newline="") as file:
         truth = {row["key"]: row for row in csv.DictReader(file)}
-    tiles = read_tiles(Data(root=str(folder)))
+    if any("visible" not in row for row in truth.values()):
+        raise UserError(f"{path}: written by an older version, without the column `visible`; make the tiles again")
+    return truth
+
+
+def read(folder: Path) -> list[Planted]:
+    truth, tiles = read_truth(folder), read_tiles(Data(root=str(folder)))
     strange = [tile.key for tile in tiles if tile.key not in truth]
     if strange or len(tiles) != len(truth):
         raise UserError(f"{folder}: tiles.csv and truth.csv are not of the same tiles; run data_filter.py again")
     planted = []
     for tile in tiles:
         row = truth[tile.key]
-        if "visible" not in row:
-            raise UserError(f"{path}: written by an older version, without the column `visible`; make the tiles again")
         move = Move(float(row["dx"]), float(row["dy"]), float(row["angle"])) if row["dx"] else None
         planted.append(Planted(tile, row["defect"], float(row["wrong"]), float(row["visible"]), move,
                                picture_size(folder / tile.image)))
@@ -193,9 +234,13 @@ def main() -> None:
     settings = args.data / FILTER_FOLDER / "settings.yaml"
     if not settings.is_file():
         raise UserError(f"{settings}: missing; run data_filter.py first")
-    planted = read(args.data)
-    limits = apply_overrides(load_config(settings), args.overrides, [f"filter.{name}" for name in LIMITS]).filter
+    planted, config = read(args.data), load_config(settings)
+    config = replace(config, data=replace(config.data, root=str(args.data)))
+    limits = apply_overrides(config, args.overrides, [f"filter.{name}" for name in LIMITS]).filter
     parts = tables(planted, limits)
+    kept = Kept.of(args.data, config.data)
+    parts.append(("Masks in use, as the filter left them", ["tiles kept", "pixels kept", "wrong pixels"],
+                  [[f"{kept.tiles:.1%}", f"{kept.pixels:.1%}", f"{kept.wrong:.2%}"]]))
     for name, thresholds in THRESHOLDS.items():
         points = curve(planted, limits, name, thresholds)
         parts.append((f"Threshold of {name}", [name, *(f"{threshold:g}" for threshold, *_ in points)],
@@ -203,10 +248,11 @@ def main() -> None:
                        ["recall", *(_share(recall) for *_, recall in points)]]))
     print("\n\n".join(f"{title}\n\n{table(header, rows)}" for title, header, rows in parts))
     text = "\n\n".join(f"## {title}\n\n{markdown_table(header, rows)}" for title, header, rows in parts)
-    write_text(settings.with_name("accuracy.md"), f"# Accuracy of the filter on {args.data}\n\n{text}\n\n"
-               "![Precision and recall over the thresholds](accuracy.png)\n")
-    palette.save(draw(planted, limits), settings.with_name("accuracy.png"))
-    print(f"\nwrote {settings.parent}: accuracy.md, accuracy.png")
+    with replacing_folder(args.data / "filter_accuracy") as folder:
+        write_text(folder / "accuracy.md", f"# Accuracy of the filter on {args.data}\n\n{text}\n\n"
+                   "![Precision and recall over the thresholds](accuracy.png)\n")
+        palette.save(draw(planted, limits), folder / "accuracy.png")
+    print(f"\nwrote {args.data / 'filter_accuracy'}: accuracy.md, accuracy.png")
 
 
 if __name__ == "__main__":

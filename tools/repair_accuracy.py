@@ -34,13 +34,12 @@ from common.config import Config
 from common.config_files import load_config
 from common.console import Progress, UserError, argument_parser, markdown_table, run, table
 from common.files import write_text
-from common.masks import IGNORE, read_mask
-from common.store import read_pair
+from common.masks import read_mask
 from common.workers import THREAD_VARIABLES, cores
-from dataset import SPLITS, read_tiles
 from evaluation.candidates import candidate_of_run
 from evaluation.metrics import confusion, dice, mean_present
 from tools.cross_fit import is_complete, part_config
+from tools.filter_accuracy import Kept
 
 CODE = Path(__file__).parent.parent
 CONFIG = CODE / "configs" / "demo.yaml"
@@ -52,16 +51,6 @@ ASK_MODELS = ("repair + model", "relabel")  # after the models were trained on `
 SHOWN = ("report", "audit", "repair", "repair + model", "relabel", "clean")
 PARTS = 3
 TEST_SEEDS = 1000  # is added to the seed, for the slides of the test tiles
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What is left of one filter's tiles."""
-
-    tiles: float  # share of all tiles that have tissue
-    pixels: float  # share of the pixels of these tiles
-    wrong: float  # share of the labelled pixels
-    dropped_moved: float  # share of the shifted and rotated tiles that are dropped
 
 
 @dataclass(frozen=True)
@@ -118,26 +107,6 @@ def make_tiles(folder: Path, tiles: int, slides: int, seed: int, *options: str) 
     if not folder.exists():
         subprocess.run([sys.executable, "-m", "tools.make_demo_data", str(folder), "--tiles", str(tiles), "--slides",
                         str(slides), "--seed", str(seed), *options], cwd=CODE, check=True, stdout=subprocess.DEVNULL)
-
-
-def kept(trial: Trial, arm: str) -> Kept:
-    """Compare the masks in use with the clean ones; tiles whose clean mask is (nearly) without tissue do not count."""
-    config = trial.config(arm)
-    with (trial.folder / "data" / "truth.csv").open(newline="") as file:
-        truth = {row["key"]: row for row in csv.DictReader(file)}
-    tiles = [tile for tile in read_tiles(config.data) if float(truth[tile.key]["foreground"]) >=
-             config.filter.min_foreground]
-    moved = [tile.split not in SPLITS for tile in tiles if truth[tile.key]["defect"] in ("shifted", "rotated")]
-    pixels = labelled = wrong = in_use = 0
-    for tile in tiles:
-        clean = read_mask(trial.folder / "data" / f"truth/mask#{tile.key}.png", load_config(CONFIG).data)
-        pixels += clean.size
-        if tile.split in SPLITS:
-            labels = read_pair(tile.pair, config.data)[1]
-            in_use += 1
-            labelled += np.count_nonzero(labels != IGNORE)
-            wrong += np.count_nonzero((labels != clean) & (labels != IGNORE))
-    return Kept(in_use / len(tiles), labelled / pixels, wrong / labelled, float(np.mean(moved)) if moved else 0.0)
 
 
 def test_counts(trial: Trial, arm: str, test: Path) -> tuple[list[str], np.ndarray]:
@@ -198,7 +167,7 @@ def main() -> None:
             results, left = [], []
             for trial, test in zip(trials, tests, strict=True):
                 results.append(test_counts(trial, arm, test))
-                left.append(kept(trial, arm))
+                left.append(Kept.of(trial.folder / "data", trial.config(arm).data))
                 progress.advance()
             means = [np.mean([getattr(one, name) for one in left]) for name in Kept.__annotations__]
             mean, low, high = scores(results)

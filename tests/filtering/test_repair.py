@@ -15,7 +15,7 @@ from filtering.audit import contradicted, disputed
 from filtering.registration import Move
 from filtering.repair import relabel, repair, wide_areas
 
-LIMITS = Filter(sigma=6.0, repair=True)
+LIMITS = Filter(sigma=6.0, repair=True, max_unmarked=0.05)
 MOVE = Move(30, -20, 8)
 
 
@@ -73,7 +73,7 @@ def test_areas_that_a_model_disputes_lose_their_class(tile):
 ])
 def test_a_mask_that_loses_too_much_is_no_repair(tile, changes, expected):
     image, _, glass, given = tile
-    new = repair(image, given, glass, [MOVE], Filter(**{"sigma": 6.0, **changes}))
+    new = repair(image, given, glass, [MOVE], Filter(**{"sigma": 6.0, "max_unmarked": 0.05, **changes}))
     assert (new.labels is None and expected in new.what) if expected else new.labels is not None
 
 
@@ -81,7 +81,7 @@ def test_pixels_without_a_class_are_not_counted_as_lost(tile):
     image, truth, glass, _ = tile
     given = truth.copy()
     given[:180] = IGNORE
-    new = repair(image, given, glass, [], Filter(sigma=6.0, max_ignored=0.1))
+    new = repair(image, given, glass, [], Filter(sigma=6.0, max_unmarked=0.05, max_ignored=0.1))
     assert new.labels is not None and new.ignored > 0.55
 
 
@@ -101,7 +101,10 @@ def test_contradictions_and_disputes_are_told_pixel_by_pixel():
     glass, probs = random.random((20, 20)) < 0.5, random.dirichlet((0.3, 0.3, 0.3), (20, 20))
     for y, x in np.ndindex(20, 20):
         label = labels[y, x]
-        assert contradicted(labels, glass)[y, x] == (label != IGNORE and (label > 0) == glass[y, x])
+        assert contradicted(labels, glass, LIMITS)[y, x] == (label != IGNORE and (label > 0) == glass[y, x])
+        assert contradicted(labels, glass, Filter())[y, x] == (label in (1, 2) and glass[y, x])
+        off = Filter(max_blank=None, max_unmarked=0.1)
+        assert contradicted(labels, glass, off)[y, x] == (label == 0 and not glass[y, x])
         assert disputed(labels, probs, 0.8)[y, x] == (
             label != IGNORE and probs[y, x].argmax() != label and probs[y, x].max() >= 0.8)
 

@@ -67,12 +67,14 @@ def test_tables_count_every_tile_once():
 def test_on_demo_tiles_from_the_command_line(tmp_path, here):
     for command in (["tools.make_demo_data", "data/demo", "--tiles", 24, "--slides", 3, "--size", 200],
                     ["data_filter.py", "--config", REPOSITORY / "configs/demo.yaml"],
+                    ["tools.filter_accuracy", "data/demo"],
+                    ["data_filter.py", "--config", REPOSITORY / "configs/demo.yaml", "filter.repair=true"],
                     ["tools.filter_accuracy", "data/demo", "filter.max_unmarked=0.06"]):
         out = here(*command, cwd=tmp_path)
         assert out.returncode == 0, out.stderr
     assert "unmarked >= 0.06" in out.stdout
-    assert "| all rules |" in (tmp_path / "data/demo/filter/accuracy.md").read_text()
-    assert (tmp_path / "data/demo/filter/accuracy.png").stat().st_size > 10_000
+    assert "| all rules |" in (tmp_path / "data/demo/filter_accuracy/accuracy.md").read_text()
+    assert (tmp_path / "data/demo/filter_accuracy/accuracy.png").stat().st_size > 10_000
     out = here("tools.filter_accuracy", "data/demo", "filter.sigma=3", cwd=tmp_path)
     assert out.returncode == 2 and "filter.sigma" in out.stderr
     out = here("tools.filter_accuracy", "nowhere", cwd=tmp_path)
