@@ -91,7 +91,7 @@ def main() -> None:
         claim_list_folder(config.data)
         new_masks.write(result.new_masks, config.data)
         write_tiles(path, result.tiles)
-        new_masks.remove_others(result.new_masks, result.by_hand, config.data)
+        new_masks.remove_others(result.new_masks, config.data)
     print(*report.remarks(result), *changes, "", report.verdicts(result, config.data.classes), sep="\n")
     warn_about(result, config)
     print(f"\nwrote {path}. To check it, look at {folder}: {names_in(folder)}\n"

@@ -36,6 +36,8 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     header, rows = report.readable_rows(contents)
     places = gallery_places(evaluation)
+    tiles, data = evaluation.test_set.tiles, evaluation.test_set.config.data
+    may_ignore = data.ignore or any(tile.has_new_mask for tile in tiles)
     html = environment.get_template("report.html").render(
         contents=contents, header=header, rows=rows, remarks=report.remarks(contents),
         class_tables=[class_table(candidate, evaluation.classes) for candidate in contents["entries"]],
@@ -43,7 +45,7 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
                   if (folder / f"{name}.png").exists()},
         gallery=gallery(evaluation, places), shown=len(places), total=len(evaluation.test_set.tiles),
         colours=[f"#{bytes(colour).hex()}" for colour in palette.class_colours(len(evaluation.classes))],
-        error_colour=palette.ERROR, ignored_colour=palette.IGNORED if evaluation.test_set.config.data.ignore else "")
+        error_colour=palette.ERROR, ignored_colour=palette.IGNORED if may_ignore else "")
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 

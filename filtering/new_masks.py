@@ -7,7 +7,7 @@ Files that the filter did not write are never changed; `.written.json` tells the
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,7 @@ def made_by_hand(tiles: Sequence[Tile], data: Data) -> set[str]:
         raise UserError(f"{folder}: holds tiles, but the filter writes its own masks there; rename the folder")
     written = _read_manifest(folder)
     keys = {f"{tile.key}.png": tile.key for tile in tiles}
-    return {keys[path.name] for path in folder.iterdir() if path.name in keys
-            and hashlib.sha256(path.read_bytes()).hexdigest() not in written.get(path.name, ())}
+    return {keys[path.name] for path in folder.iterdir() if path.name in keys and not _is_ours(path, written)}
 
 
 def decode(contents: bytes) -> np.ndarray:
@@ -67,21 +66,28 @@ def write(masks: Mapping[str, bytes], data: Data) -> None:
     _write_manifest(folder, digests)
     for key, contents in masks.items():
         path = folder / f"{key}.png"
-        if not path.is_file() or path.read_bytes() != contents:
+        if not path.is_file() or (path.read_bytes() != contents and _is_ours(path, digests)):
             with replacing(path) as temporary:
                 temporary.write_bytes(contents)
 
 
-def remove_others(masks: Mapping[str, bytes], by_hand: Iterable[str], data: Data) -> None:
-    """Remove the files of earlier runs of the filter, but those that a person edited."""
+def remove_others(masks: Mapping[str, bytes], data: Data) -> None:
+    """Remove the files of earlier runs of the filter, but not those that a person edited."""
     folder = data.list_folder / NEW_MASKS
     if not folder.is_dir():
         return
-    needed = {f"{key}.png" for key in (*masks, *by_hand)}
-    for name in _read_manifest(folder).keys() - needed:
-        with writing(folder / name):
-            (folder / name).unlink(missing_ok=True)
+    written = _read_manifest(folder)
+    for name in written.keys() - {f"{key}.png" for key in masks}:
+        path = folder / name
+        if path.is_file() and _is_ours(path, written):
+            with writing(path):
+                path.unlink()
     _write_manifest(folder, {f"{key}.png": [hashlib.sha256(contents).hexdigest()] for key, contents in masks.items()})
+
+
+def _is_ours(path: Path, written: Mapping[str, list[str]]) -> bool:
+    """Return whether the filter wrote what the file holds."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() in written.get(path.name, ())
 
 
 def _read_manifest(folder: Path) -> dict[str, list[str]]:

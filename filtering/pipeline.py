@@ -95,25 +95,29 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
     with worker_map(workers or min(cores(), len(tiles) // TILES_PER_WORKER)) as parallel_map:
         surveyed = survey_masks(tiles, config, parallel_map)
         announce(surveyed)
-        tiles, new_masks = list(surveyed.tiles), {}
+        tiles = list(surveyed.tiles)
         open_verdicts = ("", "sparse") if model else ("",)
         undecided = [i for i, tile in enumerate(tiles) if tile.proposed in open_verdicts
                      or (tile.key in by_hand and tile.proposed != "corrupt")]
         jobs = [Job(tiles[i], tiles[i].key in by_hand, tiles[i].key in refused) for i in undecided]
         asked = WithPredictions(jobs, model) if model else jobs
-        audited = parallel_map(partial(audit_tile, data, config.filter), asked)
+        results: dict[int, Audited] = {}
         with Progress("judge images", len(undecided), "tile") as progress:
-            for i, result in zip(undecided, audited, strict=True):
-                tiles[i] = result.tile
-                if result.pixels is not None:
-                    surveyed.pixels[i] = result.pixels
-                if result.new_mask:
-                    new_masks[result.tile.key] = result.new_mask
+            for i, result in zip(undecided, parallel_map(partial(audit_tile, data, config.filter), asked), strict=True):
+                results[i], tiles[i] = result, result.tile
                 progress.advance()
     tiles, copies = mark_copies(tiles, config.filter.drop_duplicates)
     tiles = manual_edits.apply_manual_edits(propose_split(tiles, data.test_fraction, config.seed), before)
+    new_masks = {}
+    for i, result in results.items():
+        if result.if_tested and tiles[i].split == "test" and tiles[i].has_new_mask:
+            result = result.if_tested
+            tiles[i] = replace(tiles[i], reason=result.tile.reason, ignored=result.tile.ignored)
+        if result.pixels is not None and tiles[i].has_new_mask:
+            surveyed.pixels[i] = result.pixels
+        if result.new_mask and tiles[i].has_new_mask:
+            new_masks[tiles[i].key] = result.new_mask
     surveyed.pixels[[tile.proposed == "corrupt" for tile in tiles]] = 0
-    new_masks = {tile.key: new_masks[tile.key] for tile in tiles if tile.has_new_mask and tile.key in new_masks}
     return replace(surveyed, tiles=tiles, copies=copies, new_masks=new_masks, by_hand=frozenset(by_hand))
 
 
@@ -230,6 +234,7 @@ class Audited(NamedTuple):
     tile: Tile
     pixels: np.ndarray | None = None  # (K,) of each class in a new mask
     new_mask: bytes = b""  # the file of a mask that the filter made
+    if_tested: "Audited | None" = None  # in place of this, if it is for training only
 
 
 def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
@@ -255,14 +260,22 @@ def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
         return Audited(tile, _pixels(mask_by_hand, data))
     if tile.proposed not in REPAIRABLE or not limits.makes_masks:
         return Audited(tile)
-    made, source = NewMask(None), REPAIRED
+    made, untouched, source = NewMask(None), NewMask(None), REPAIRED
     if limits.repair:
-        made = repair(image, labels, glass, audit.certain_moves(tile, limits), limits, probs)
+        moves = audit.certain_moves(tile, limits)
+        made = repair(image, labels, glass, moves, limits, probs)
+        if probs is not None and made.labels is not None:  # a model must not choose the pixels on which it is tested
+            untouched = repair(image, labels, glass, moves, limits)
     if made.labels is None and limits.relabel and probs is not None:
         made, source = relabel(labels, probs, limits), f"{MODEL} {job.model}"
     if made.labels is None or job.refused:
         what = "repair refused by hand" if made.labels is not None else made.what
         return Audited(replace(tile, reason=what, ignored=made.ignored))
+    if_tested = _with_mask(tile, untouched, REPAIRED, data) if untouched.labels is not None else None
+    return _with_mask(tile, made, source, data)._replace(if_tested=if_tested)
+
+
+def _with_mask(tile: Tile, made: NewMask, source: str, data: Data) -> Audited:
     tile = replace(tile, reason=f"{tile.proposed}: {made.what}", ignored=made.ignored, mask_from=source, proposed="")
     return Audited(tile, _pixels(made.labels, data), encode(made.labels, len(data.classes)))
 

@@ -134,7 +134,8 @@ def test_options_exist(parse):
     known = {"--ignore"}  # of pytest
     for module in SCRIPTS:
         known |= set(parse(module, {"data_filter": ["--config", "x"], "train": ["--config", "x"],
-                                    "tools.make_demo_data": ["x"], "tools.cross_fit": ["--config", "x"]}.get(module, []))[0]._option_string_actions)
+                                    "tools.make_demo_data": ["x"],
+                                    "tools.cross_fit": ["--config", "x"]}.get(module, []))[0]._option_string_actions)
     named = {(page, option) for page in PAGES for code in codes(page)
              for option in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", code)}
     assert len(named) >= 20

@@ -17,6 +17,8 @@ from common.store import open_store, read_pair
 from dataset import read_tiles
 from evaluation.unseen import UnseenTiles
 from filtering import report
+from filtering.new_masks import decode
+from filtering.pipeline import filter_tiles
 from filtering.registration import Move
 from training.training_set import prepare_data
 
@@ -133,6 +135,10 @@ def test_a_second_run_changes_nothing_and_without_repair_the_masks_go(place, her
     assert {path: path.stat().st_mtime_ns for path in times} == times
     filtered(here, place, *CONFIG)
     assert not list((place / "tiles/repaired").glob("*.png"))
+    filtered(here, place, *REPAIR)
+    (place / "tiles/repaired/s0-3.png").write_bytes((place / "tiles/repaired/s1-2.png").read_bytes())  # edited
+    filtered(here, place, *CONFIG)
+    assert [path.name for path in (place / "tiles/repaired").glob("*.png")] == ["s0-3.png"]
     assert {key for key, row in rows(place).items() if row["mask_from"] != "given"} == set()
     assert Counter(row["split"] in ("train", "test") for row in first.values())[True] == 19
 
@@ -342,3 +348,34 @@ def test_a_resumed_part_leaves_out_the_same_tiles(asked):
     config = apply_overrides(Config(), [*TRAIN, f"data.root={asked / 'tiles'}", "train.leave_out=2/3"])
     with (asked / RUNS[1] / "trained_on.csv").open(newline="") as file:
         assert [tile.key for tile in prepare_data(config).tiles] == [row["key"] for row in csv.DictReader(file)]
+
+
+class Liar:
+    """A model that is right but in one box, where it is sure of another class."""
+
+    def ask(self, tile):
+        said = truth(tile.key).copy()
+        said[BOX] = (said[BOX] + 1) % 3
+        return "liar", (np.eye(3)[said] * 255).astype(np.uint8)
+
+
+BOX = np.s_[70:130, 70:130]
+
+
+def test_a_model_takes_classes_from_training_tiles_only(place):
+    """What is tested must not depend on where a model is right."""
+    config = apply_overrides(Config(), [*REPAIR, f"data.root={place / 'tiles'}"])
+    alone, asked = filter_tiles(config, 1), filter_tiles(config, 1, model=Liar())
+    sides = Counter()
+    for before, after in zip(alone.tiles, asked.tiles, strict=True):
+        if not after.has_new_mask:
+            continue
+        sides[after.split] += 1
+        mask = decode(asked.new_masks[after.key])
+        box = (mask[BOX] == IGNORE).mean()
+        assert box == 1 if after.split == "train" else box < 0.5
+        assert after.ignored == pytest.approx((mask == IGNORE).mean())
+        row = asked.tiles.index(after)
+        assert asked.pixels[row].tolist() == [(mask == k).sum() for k in range(3)]
+        assert before.key == after.key
+    assert sides["train"] and sides["test"]

@@ -62,7 +62,7 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
                 survivor_state = learner.take_snapshot(into=survivor_state)
     if survivor is None:
         advice = "a lower optim.lr, or with train.precision=float32"
-        if config.data.ignore:
+        if config.data.ignore or any(tile.has_new_mask for tile in data.tiles):
             advice = f"a larger data.crop if crops may hold nothing but ignored pixels, or else with {advice}"
         raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}). What earlier epochs "
                         f"wrote is kept. Start a new run with {advice}")

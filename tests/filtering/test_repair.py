@@ -150,7 +150,7 @@ def test_files_that_stay_the_same_are_not_touched_and_others_go(tmp_path, masks)
     masks["b"] = 2 - np.minimum(masks["b"], 2)
     new_masks.write(files_of({key: masks[key] for key in ("a", "b")}), data)
     assert (tmp_path / "repaired/c.png").exists(), "an old list may still need it"
-    new_masks.remove_others(files_of({key: masks[key] for key in ("a", "b")}), (), data)
+    new_masks.remove_others(files_of({key: masks[key] for key in ("a", "b")}), data)
     assert sorted(path.name for path in (tmp_path / "repaired").glob("*.png")) == ["a.png", "b.png"]
     assert (tmp_path / "repaired/a.png").stat().st_mtime_ns == before
     assert (read_mask(tmp_path / "repaired/b.png", data.of_new_masks) == masks["b"]).all()
@@ -166,7 +166,7 @@ def test_files_of_a_person_are_recognised_and_kept(tmp_path, masks):
     Image.fromarray(masks["c"]).save(tmp_path / "repaired/c.png")  # a grey image, and the filter never made one
     assert new_masks.made_by_hand(TILES, data) == {"a", "c"}
     new_masks.write(files_of({"b": masks["b"]}), data)
-    new_masks.remove_others({}, {"a", "c"}, data)
+    new_masks.remove_others({}, data)
     assert sorted(path.name for path in (tmp_path / "repaired").glob("*.png")) == ["a.png", "c.png"]
     assert (read_mask(tmp_path / "repaired/a.png", data.of_new_masks) == edited).all()
     assert new_masks.made_by_hand(TILES, data) == {"a", "c"}
