@@ -142,6 +142,8 @@ def test_the_list_comes_back_as_written(tmp_path):
     (lambda rows: [{**rows[0], "proposed": "good"}, *rows[1:]], "line 2.*proposed.*'good'"),
     (lambda rows: [{**rows[0], "split": "corrupt", "proposed": "train"}, *rows[1:]], "line 2.*'excluded'"),
     (lambda rows: [{**rows[0], "shift_x": "left"}, *rows[1:]], "line 2.*shift_x.*'left'"),
+    (lambda rows: [{**rows[0], "mask_from": "mine"}, *rows[1:]], "line 2.*mask_from.*'mine'"),
+    (lambda rows: [{**row, "mask_from": "model x", "split": "test"} for row in rows], "line 2.*are predictions"),
     (lambda rows: [*rows, rows[0]], "2 rows.*'s0-0'"),
     (lambda rows: [{**rows[0], "image": "../../etc/passwd"}, *rows[1:]], "line 2.*image.*passwd"),
     (lambda rows: [{**row, "split": "train" if i else "test", "group": "s0"} for i, row in enumerate(rows)],
