@@ -357,10 +357,10 @@ def test_the_report_shows_counts_groups_and_every_reason(tmp_path, here):
 
 def test_sheets_go_from_the_threshold_outwards():
     limits = Filter(max_shift=30.0)
-    tiles = [Tile(str(i), "f", "m", foreground=0.5, blank=i / 100, unmarked=0.0, shift_x=i, shift_y=0.0, confidence=0.9,
+    tiles = [Tile(str(i), "f", "m", foreground=0.5, blank=i / 100, unmarked=0.0, shift=float(i), confidence=0.9,
                   split="misregistered" if i >= 8 else "train") for i in range(60)]
-    tiles.append(replace(tiles[0], key="far", shift_x=29.9))
-    tiles.append(replace(tiles[0], key="unsure", shift_x=29.9, confidence=0.1))
+    tiles.append(replace(tiles[0], key="far", shift=29.9))
+    tiles.append(replace(tiles[0], key="unsure", shift=29.9, confidence=0.1))
     found = sheets(FilterResult(tiles, np.zeros((62, 3)), np.zeros(256), (9, 9)), limits)
     near, dropped = found["kept_near_threshold.png"][1], found["dropped_misregistered.png"][1]
     assert [tile.key for tile in near[:3]] == ["far", "7", "6"]
