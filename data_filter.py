@@ -27,6 +27,7 @@ from common.files import LOCK, locked
 from common.result_folders import check_replaceable, names_in, replacing_folder
 from dataset import (
     FILTER_FOLDER,
+    NEW_MASKS,
     SPLITS,
     TILE_LIST,
     Tile,
@@ -143,6 +144,9 @@ def warn_about(result: FilterResult, config: Config) -> None:
     if disagreements and np.mean(disagreements) > MOST_DISAGREEMENT:
         warn(f"the model is sure of another class in {np.mean(disagreements):.1%} of the masks that pass all limits. "
              "Most of these masks should be right, so the model may be poor, and so may repairs by it: train it longer")
+    if result.by_hand and not config.filter.makes_masks:
+        warn(f"masks in {NEW_MASKS}/ that were made or edited by hand are not used without filter.repair=true: "
+             f"{len(result.by_hand)}, for example {min(result.by_hand)}")
     splits = {tile.key: tile.split for tile in result.tiles}
     kept_keys = [[key for key in keys if splits[key] in SPLITS] for keys in result.copies]
     copies = [keys for keys in kept_keys if len(keys) > 1]

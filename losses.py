@@ -56,7 +56,8 @@ def generalised_cross_entropy(logits: Tensor, target: Tensor, q: float = 0.7) ->
     has a label that the network finds unlikely, such as a wrong one.
     """
     if target.dim() == 4:
-        losses = (target * (1 - torch.softmax(logits.float(), dim=1)**q)).sum(dim=1) / q
+        powers = torch.exp(q * torch.log_softmax(logits.float(), dim=1))             # (B, K, H, W)
+        losses = (target * (1 - powers)).sum(dim=1) / q
     else:
         losses = (1 - torch.exp(q * true_log_probs(logits, target))) / q             # (B, H, W)
     return _mean(losses, labelled(target))

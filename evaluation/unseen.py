@@ -39,8 +39,8 @@ class UnseenTiles:
     def of_runs(cls, folders: Sequence[Path], config: Config, tiles: Sequence[Tile]) -> "UnseenTiles":
         """Load the models of run folders; raise a `UserError` if they have other classes than the config.
 
-        `tiles` are those of the data folder as the filter listed them last: a model knows the groups of those whose
-        images it has learned from.
+        `tiles` are those of the data folder as the filter listed them last, if it did. A model knows the groups of
+        those whose images it has learned from, and those in its own list if it learned from this folder.
         """
         models = []
         for folder in folders:
@@ -53,7 +53,10 @@ class UnseenTiles:
                 raise UserError(f"{folder}: its list of training tiles has no digests, so nobody can tell whether it "
                                 "knows a tile; run data_filter.py and train it again")
             digests = frozenset(row["digest"] for row in rows)
-            groups = frozenset(tile.group for tile in tiles if tile.group and tile.digest in digests)
+            groups = {tile.group for tile in tiles if tile.digest in digests}
+            if Path(candidate.config.data.root).resolve() == Path(config.data.root).resolve():
+                groups |= {row["group"] for row in rows}
+            groups = frozenset(groups - {""})
             models.append((candidate, Known(digests, groups)))
         return cls(models, Path(config.data.root))
 

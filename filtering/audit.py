@@ -20,18 +20,18 @@ def verdict(tile: Tile, limits: Filter) -> str:
         return "unlabelled"
     if tile.foreground < limits.min_foreground:
         return "sparse"
-    if _reaches(tile.blank, limits.max_blank):
+    if reaches(tile.blank, limits.max_blank):
         return "misregistered"
-    if _reaches(tile.unmarked, limits.max_unmarked):
+    if reaches(tile.unmarked, limits.max_unmarked):
         return "unmarked"
-    if any(_reaches(shift, limits.max_shift) for shift in certain_shifts(tile, limits)):
+    if any(reaches(shift, limits.max_shift) for shift in certain_shifts(tile, limits)):
         return "shifted"
-    if _reaches(tile.disagreement, limits.max_disagreement):
+    if reaches(tile.disagreement, limits.max_disagreement):
         return "disputed"
     return ""
 
 
-def _reaches(value: float | None, limit: float | None) -> bool:
+def reaches(value: float | None, limit: float | None) -> bool:
     return value is not None and limit is not None and value >= limit
 
 
@@ -60,12 +60,17 @@ def measure_tile(image: np.ndarray, labels: np.ndarray, limits: Filter,
     background would be large in every tile with little background.
     """
     glass = find_glass(inverted_grey(image), limits) if glass is None else glass
+    return {**compare_with_glass(labels, glass),
+            **_measured_move("", misregistration(Colours(image, limits.sigma), labels), labels.shape)}
+
+
+def compare_with_glass(labels: np.ndarray, glass: np.ndarray) -> dict[str, float | None]:
+    """Return the shares `blank` and `unmarked` of classes (H, W) uint8; `glass` is (H, W) bool."""
     labelled = labels != IGNORE
     annotated = (labels > 0) & labelled
     unmarked = ~glass & ~annotated & labelled  # the image shows tissue, the mask says background
     return {"blank": np.count_nonzero(glass & annotated) / np.count_nonzero(annotated) if annotated.any() else None,
-            "unmarked": np.count_nonzero(unmarked) / max(1, np.count_nonzero(labelled)),
-            **_measured_move("", misregistration(Colours(image, limits.sigma), labels), labels.shape)}
+            "unmarked": np.count_nonzero(unmarked) / max(1, np.count_nonzero(labelled))}
 
 
 def ask_model(probs: np.ndarray, labels: np.ndarray, limits: Filter) -> dict[str, float | None]:

@@ -37,7 +37,7 @@ def made_by_hand(tiles: Sequence[Tile], data: Data) -> set[str]:
     folder = data.list_folder / NEW_MASKS
     if not folder.is_dir():
         return set()
-    if any(path.resolve().parent == folder.resolve() for tile in tiles for path in tile.given_pair.paths(data)):
+    if any(path.resolve().is_relative_to(folder.resolve()) for tile in tiles for path in tile.given_pair.paths(data)):
         raise UserError(f"{folder}: holds tiles, but the filter writes its own masks there; rename the folder")
     written = _read_manifest(folder)
     keys = {f"{tile.key}.png": tile.key for tile in tiles}
@@ -77,6 +77,8 @@ def remove_others(masks: Mapping[str, bytes], data: Data) -> None:
     if not folder.is_dir():
         return
     written = _read_manifest(folder)
+    if not written and not masks:
+        return
     for name in written.keys() - {f"{key}.png" for key in masks}:
         path = folder / name
         if path.is_file() and _is_ours(path, written):

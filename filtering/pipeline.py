@@ -15,7 +15,7 @@ from common.masks import COLOUR, IGNORE, count_classes, count_codes, name_of, re
 from common.pictures import picture_size
 from common.store import read_pair, reject_different_sizes
 from common.workers import ParallelMap, cores, worker_map
-from dataset import MODEL, REPAIRED, SPLITS, Tile, digest_of, find_pairs, places_by_group, split_by_group
+from dataset import MODEL, NEW_MASKS, REPAIRED, SPLITS, Tile, digest_of, find_pairs, places_by_group, split_by_group
 from filtering import audit, manual_edits
 from filtering.new_masks import encode, made_by_hand
 from filtering.repair import NewMask, relabel, repair
@@ -90,7 +90,7 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
     """
     data = config.data
     tiles = find_pairs(data)
-    by_hand = made_by_hand(tiles, data) if config.filter.makes_masks else set()
+    by_hand = made_by_hand(tiles, data)
     refused = manual_edits.refused_masks(tiles, before)
     with worker_map(workers or min(cores(), len(tiles) // TILES_PER_WORKER)) as parallel_map:
         surveyed = survey_masks(tiles, config, parallel_map)
@@ -98,8 +98,9 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
         tiles = list(surveyed.tiles)
         open_verdicts = ("", "sparse") if model else ("",)
         undecided = [i for i, tile in enumerate(tiles) if tile.proposed in open_verdicts
-                     or (tile.key in by_hand and tile.proposed != "corrupt")]
-        jobs = [Job(tiles[i], tiles[i].key in by_hand, tiles[i].key in refused) for i in undecided]
+                     or (tile.key in by_hand and config.filter.makes_masks and tile.proposed != "corrupt")]
+        jobs = [Job(tiles[i], tiles[i].key in by_hand and config.filter.makes_masks, tiles[i].key in refused)
+                for i in undecided]
         asked = WithPredictions(jobs, model) if model else jobs
         results: dict[int, Audited] = {}
         with Progress("judge images", len(undecided), "tile") as progress:
@@ -242,10 +243,15 @@ def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
     tile = job.tile
     try:
         image, labels = read_pair(tile.given_pair, data)
+    except UserError as error:
+        return Audited(replace(tile, proposed="corrupt", reason=str(error)))
+    try:
         own = replace(tile, mask_from=REPAIRED)
         mask_by_hand = read_pair(own.pair, data)[1] if job.made_by_hand and not job.refused else None
     except UserError as error:
-        return Audited(replace(tile, proposed="corrupt", reason=str(error)))
+        advice = (f"A mask in {NEW_MASKS}/ is grey or has a palette, and holds the index of a class, 0 to "
+                  f"{len(data.classes) - 1}, or 255 for none: fix it, or delete it to get the filter's")
+        return Audited(replace(tile, proposed="corrupt", reason=f"{str(error).partition('; fix')[0]}. {advice}"))
     digest = digest_of(image)
     glass = audit.find_glass(audit.inverted_grey(image), limits)
     probs = None if job.probs is None else job.probs.astype(np.float32) / 255
@@ -265,7 +271,8 @@ def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
         moves = audit.certain_moves(tile, limits)
         made = repair(image, labels, glass, moves, limits, probs)
         if probs is not None and made.labels is not None:  # a model must not choose the pixels on which it is tested
-            untouched = repair(image, labels, glass, moves, limits)
+            by_image = replace(tile, model_confidence=None)
+            untouched = repair(image, labels, glass, audit.certain_moves(by_image, limits), limits)
     if made.labels is None and limits.relabel and probs is not None:
         made, source = relabel(labels, probs, limits), f"{MODEL} {job.model}"
     if made.labels is None or job.refused:

@@ -13,7 +13,7 @@ from scipy.ndimage import distance_transform_edt
 
 from common.config import Filter
 from common.masks import IGNORE
-from filtering.audit import contradicted, disputed
+from filtering.audit import compare_with_glass, contradicted, disputed, reaches
 from filtering.registration import Colours, Move, fit
 
 MOST_CONTRADICTED = 0.05  # share of the labelled pixels that may contradict the image after a move
@@ -30,11 +30,12 @@ class NewMask:
 
 def repair(image: np.ndarray, labels: np.ndarray, glass: np.ndarray, moves: Sequence[Move], limits: Filter,
            probs: np.ndarray | None = None) -> NewMask:
-    """Return a repaired mask for the image (H, W, 3) and its classes (H, W), or none if too much would lose its class.
+    """Return a repaired mask for the image (H, W, 3) and its classes (H, W), or none if the limits would drop it, too.
 
     `glass` (H, W) bool is where the image shows glass, `moves` are those that are certain, the best first, and `probs`
     (H, W, K) what a model says. The first move counts after which the mask fits the image: its classes explain the
-    colours no worse than in place, and hardly contradict the glass. Without one the mask stays where it is.
+    colours no worse than in place, and hardly contradict the glass. A mask that lies off with certainty, but fits
+    nowhere, is not repaired.
     """
     colours = Colours(image, limits.sigma)
     for move in moves:
@@ -43,13 +44,17 @@ def repair(image: np.ndarray, labels: np.ndarray, glass: np.ndarray, moves: Sequ
         if (left and np.count_nonzero(contradicted(moved, glass, limits)) <= MOST_CONTRADICTED * left
                 and fit(colours, labels, move) <= fit(colours, labels, Move())):
             return _without_doubt(labels, moved, glass, limits, probs, _describe(move))
+    if any(reaches(move.length(labels.shape), limits.max_shift) for move in moves) and not (
+            contradicted(labels, glass, limits).any()):
+        return NewMask(None, None, "the mask lies off, but fits nowhere")
     return _without_doubt(labels, labels, glass, limits, probs, "")
 
 
 def relabel(labels: np.ndarray, probs: np.ndarray, limits: Filter) -> NewMask:
     """Return what a model predicts by `probs` (H, W, K) where it is sure, IGNORE elsewhere (section 7)."""
-    predicted = np.where(probs.max(-1) >= limits.sure, probs.argmax(-1), IGNORE).astype(np.uint8)
-    return _checked(labels, predicted, limits, "the model's prediction where it is sure")
+    is_sure = (probs.max(-1) >= limits.sure) & (labels != IGNORE)
+    predicted = np.where(is_sure, probs.argmax(-1), IGNORE).astype(np.uint8)
+    return _checked(labels, predicted, None, limits, "the model's prediction where it is sure")
 
 
 def wide_areas(pixels: np.ndarray, radius: float) -> np.ndarray:
@@ -64,11 +69,13 @@ def _without_doubt(given: np.ndarray, labels: np.ndarray, glass: np.ndarray, lim
     doubtful = wide_areas(contradicted(labels, glass, limits), limits.sigma / 2)
     if probs is not None:
         doubtful |= wide_areas(disputed(labels, probs, limits.sure), limits.sigma / 2)
-    return _checked(given, np.where(doubtful, np.uint8(IGNORE), labels), limits, what)
+    return _checked(given, np.where(doubtful, np.uint8(IGNORE), labels), glass, limits, what)
 
 
-def _checked(given: np.ndarray, labels: np.ndarray, limits: Filter, what: str) -> NewMask:
-    """Return the new mask unless too much of it has no class, or too little of it is tissue."""
+def _checked(given: np.ndarray, labels: np.ndarray, glass: np.ndarray | None, limits: Filter, what: str) -> NewMask:
+    """Return the new mask unless too much of it has no class, or the limits would drop it, too."""
+    if (labels == given).all():
+        return NewMask(None, None, "nothing in the mask can be repaired")
     labelled = labels != IGNORE
     before, left = np.count_nonzero(given != IGNORE), np.count_nonzero(labelled)
     ignored = 1 - left / labels.size
@@ -77,6 +84,10 @@ def _checked(given: np.ndarray, labels: np.ndarray, limits: Filter, what: str) -
         return NewMask(None, ignored, f"a new mask would lose {lost:.0%} of its pixels to ignore")
     if np.count_nonzero(labels[labelled]) < limits.min_foreground * left:
         return NewMask(None, ignored, "a new mask would have too little tissue")
+    if glass is not None:
+        shares = compare_with_glass(labels, glass)
+        if reaches(shares["blank"], limits.max_blank) or reaches(shares["unmarked"], limits.max_unmarked):
+            return NewMask(None, ignored, "a new mask would still contradict the image too much")
     parts = [what, f"{lost:.1%} ignored" if lost else ""]
     return NewMask(labels, ignored, ", ".join(part for part in parts if part))
 

@@ -123,7 +123,7 @@ def describe_new_masks(result: FilterResult) -> list[str]:
             lines.append(f"masks {'repaired' if name == REPAIRED else f'from {name}'}: {len(chosen)} ("
                          + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
                          + f"); {share:.1%} of their pixels are ignored")
-    if result.by_hand:
+    if result.by_hand and any(tile.has_new_mask for tile in result.tiles):
         lines.append(f"masks in {NEW_MASKS}/ that were made or edited by hand and stay as they are: "
                      f"{len(result.by_hand)}, for example {min(result.by_hand)}")
     return lines

@@ -106,9 +106,9 @@ def test_copies_are_found_by_content_and_dropped_where_asked(tmp_path):
 
 
 def test_of_copies_the_first_one_that_the_filter_keeps_stays():
-    tiles = [replace(LIST[i], proposed=verdict) for i, verdict in enumerate(("misregistered", "", "", "unmarked"))]
+    tiles = [replace(LIST[i], proposed=verdict, digest="x") for i, verdict in enumerate(("misregistered", "", "", "unmarked"))]
     for drop, expected in ((False, ""), (True, "duplicate")):
-        marked, same = mark_copies(tiles, [b"x"] * 4, drop)
+        marked, same = mark_copies(tiles, drop)
         assert [tile.proposed for tile in marked] == ["misregistered", "", expected, "unmarked"]
         assert same == [["0", "1", "2", "3"]] and marked[3].reason == "same image as 0" and not marked[0].reason
 

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from common.config import Config
-from common.config_files import apply_overrides, load_config
+from common.config_files import apply_overrides, leaves, load_config
 from common.console import Progress, UserError, argument_parser, command, run
-from train import reason_to_end
+from train import RESUME_MAY_CHANGE, reason_to_end
 from training.checkpoints import load_checkpoint
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -29,6 +29,18 @@ def part_config(config: Config, part: int, parts: int) -> Config:
 def is_complete(config: Config, folder: Path) -> bool:
     path = folder / "checkpoints" / "last.pt"
     return path.is_file() and bool(reason_to_end(load_checkpoint(path).history, config))
+
+
+def reject_another(config: Config, folder: Path) -> None:
+    """Raise a `UserError` if the folder holds a run with other settings."""
+    if not (folder / "config.yaml").is_file():
+        return
+    found = dict(leaves(load_config(folder / "config.yaml")))
+    different = [name for name, value in leaves(config) if found[name] != value and name not in RESUME_MAY_CHANGE]
+    if different:
+        name = different[0]
+        raise UserError(f"{folder} was trained with {name}={found[name]}, not {dict(leaves(config))[name]}; choose "
+                        "another name=NAME, or remove the folder")
 
 
 def main() -> None:
@@ -46,6 +58,7 @@ def main() -> None:
         for part in range(1, args.parts + 1):
             own = part_config(config, part, args.parts)
             folder = Path("runs") / own.name
+            reject_another(own, folder)
             if is_complete(own, folder):
                 print(f"{folder}: complete", flush=True)
             else:

@@ -13,6 +13,7 @@ import train
 from common.config import Config
 from common.config_files import apply_overrides, load_config
 from common.console import UserError
+from dataset import Tile
 from training import epochs, run_folder
 
 
@@ -86,9 +87,12 @@ def test_a_run_is_never_overwritten_and_records_how_it_was_made(tmp_path):
     config = apply_overrides(Config(name="x"), [f"data.root={root}"])
     folder = tmp_path / "runs" / "x"
     run_folder.reject_existing(folder)
-    run_folder.create_run(folder, config)
+    tiles = [Tile("a", "f/a.png", "m/a.png", group="s1", digest="0a"), Tile("b", "f/b.png", "m/b.png", digest="0b")]
+    run_folder.create_run(folder, config, tiles)
+    assert [(row["key"], row["group"], row["digest"]) for row in run_folder.read_trained_on(folder)] == [
+        ("a", "s1", "0a"), ("b", "", "0b")]
     with pytest.raises(UserError, match=f"{folder}.*not overwritten"):
-        run_folder.create_run(folder, config)
+        run_folder.create_run(folder, config, tiles)
     assert [path.name for path in folder.parent.iterdir()] == ["x"]
     for precision in (torch.bfloat16, torch.float32):
         run_folder.record_start(folder, config, torch.device("cpu"), precision)
