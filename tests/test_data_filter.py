@@ -106,7 +106,8 @@ def test_copies_are_found_by_content_and_dropped_where_asked(tmp_path):
 
 
 def test_of_copies_the_first_one_that_the_filter_keeps_stays():
-    tiles = [replace(LIST[i], proposed=verdict, digest="x") for i, verdict in enumerate(("misregistered", "", "", "unmarked"))]
+    verdicts = ("misregistered", "", "", "unmarked")
+    tiles = [replace(LIST[i], proposed=verdict, digest="x") for i, verdict in enumerate(verdicts)]
     for drop, expected in ((False, ""), (True, "duplicate")):
         marked, same = mark_copies(tiles, drop)
         assert [tile.proposed for tile in marked] == ["misregistered", "", expected, "unmarked"]

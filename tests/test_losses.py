@@ -240,3 +240,15 @@ def test_the_setting_border_changes_only_pixels_near_borders(name, border_as):
     at_border = logits.grad[0, :, 4:8].abs()
     assert (at_border == 0).all() if border_as == "ignore" else (at_border > 0).any()
     assert (logits.grad[0, 1, 8:].abs() > 0).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_softened_borders_have_finite_gradients_on_saturated_logits(name):
+    target = torch.zeros(1, 8, 8, dtype=torch.int64)
+    target[:, 4:] = 1
+    logits = torch.zeros(1, 3, 8, 8)
+    logits[:, 0] = 200.0
+    logits.requires_grad_()
+    loss = make_loss(Loss(name, border=1, border_as="soften"), torch.tensor([0.5, 0.3, 0.2]))(logits, target)
+    loss.backward()
+    assert math.isfinite(loss.item()) and torch.isfinite(logits.grad).all()
