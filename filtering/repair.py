@@ -44,8 +44,8 @@ def repair(image: np.ndarray, labels: np.ndarray, glass: np.ndarray, moves: Sequ
         if (left and np.count_nonzero(contradicted(moved, glass, limits)) <= MOST_CONTRADICTED * left
                 and fit(colours, labels, move) <= fit(colours, labels, Move())):
             return _without_doubt(labels, moved, glass, limits, probs, _describe(move))
-    if any(reaches(move.length(labels.shape), limits.max_shift) for move in moves) and not (
-            contradicted(labels, glass, limits).any()):
+    is_off = any(reaches(move.length(labels.shape), limits.max_shift) for move in moves)
+    if is_off and not _contradicts(labels, glass, limits):  # else tissue that was left out may look like a move
         return NewMask(None, None, "the mask lies off, but fits nowhere")
     return _without_doubt(labels, labels, glass, limits, probs, "")
 
@@ -84,12 +84,16 @@ def _checked(given: np.ndarray, labels: np.ndarray, glass: np.ndarray | None, li
         return NewMask(None, ignored, f"a new mask would lose {lost:.0%} of its pixels to ignore")
     if np.count_nonzero(labels[labelled]) < limits.min_foreground * left:
         return NewMask(None, ignored, "a new mask would have too little tissue")
-    if glass is not None:
-        shares = compare_with_glass(labels, glass)
-        if reaches(shares["blank"], limits.max_blank) or reaches(shares["unmarked"], limits.max_unmarked):
-            return NewMask(None, ignored, "a new mask would still contradict the image too much")
+    if glass is not None and _contradicts(labels, glass, limits):
+        return NewMask(None, ignored, "a new mask would still contradict the image too much")
     parts = [what, f"{lost:.1%} ignored" if lost else ""]
     return NewMask(labels, ignored, ", ".join(part for part in parts if part))
+
+
+def _contradicts(labels: np.ndarray, glass: np.ndarray, limits: Filter) -> bool:
+    """Return whether the limits of Algorithm 1 or of unmarked tissue would drop classes (H, W)."""
+    shares = compare_with_glass(labels, glass)
+    return reaches(shares["blank"], limits.max_blank) or reaches(shares["unmarked"], limits.max_unmarked)
 
 
 def _describe(move: Move) -> str:

@@ -60,12 +60,12 @@ def test_areas_that_a_model_disputes_lose_their_class(tile):
     given = truth.copy()
     box = np.s_[40:140, 50:130]
     given[box] = np.where(truth[box] == 1, 2, np.where(truth[box] == 2, 1, 0))
-    assert (repair(image, given, glass, [], LIMITS).labels == given).mean() > 0.99
+    assert "nothing" in repair(image, given, glass, [], LIMITS).what, "the image alone does not show it"
     new = repair(image, given, glass, [], LIMITS, probs)
     kept = new.labels != IGNORE
     assert (new.labels[kept] == truth[kept]).mean() > 0.999
     unsure = 0.6 * probs + 0.4 / 3
-    assert (repair(image, given, glass, [], LIMITS, unsure).labels == given).mean() > 0.99
+    assert "nothing" in repair(image, given, glass, [], LIMITS, unsure).what
 
 
 @pytest.mark.parametrize(("changes", "expected"), [
@@ -77,9 +77,25 @@ def test_a_mask_that_loses_too_much_is_no_repair(tile, changes, expected):
     assert (new.labels is None and expected in new.what) if expected else new.labels is not None
 
 
+def test_a_mask_that_would_still_be_dropped_is_no_repair(tile):
+    """Contradictions too narrow to be taken out, but many: one row of three is annotated on glass."""
+    image, truth, glass, _ = tile
+    given = truth.copy()
+    given[::3][glass[::3]] = 1
+    new = repair(image, given, glass, [], Filter(sigma=6.0, max_blank=0.05))
+    assert new.labels is None and ("still" in new.what or "nothing" in new.what)
+
+
+def test_a_mask_that_lies_off_but_fits_nowhere_is_no_repair(tile):
+    image, truth, _, _ = tile
+    new = repair(image, truth, truth == 0, [Move(-60, 40, 0)], Filter(sigma=6.0, max_shift=20.0))
+    assert new.labels is None and "fits nowhere" in new.what
+
+
 def test_pixels_without_a_class_are_not_counted_as_lost(tile):
     image, truth, glass, _ = tile
     given = truth.copy()
+    given[200:225, :40] = np.where(glass[200:225, :40], 1, 0)
     given[:180] = IGNORE
     new = repair(image, given, glass, [], Filter(sigma=6.0, max_unmarked=0.05, max_ignored=0.1))
     assert new.labels is not None and new.ignored > 0.55
