@@ -26,7 +26,7 @@ def test_a_run_leaves_what_the_readme_says(workplace, tiny, capsys):
     train.start(tiny)
     run = workplace / "runs/tiny"
     assert {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} == {
-        ".lock", "config.yaml", "environment.json", "metrics.csv", "checkpoints/best.pt", "checkpoints/last.pt",
+        ".lock", "config.yaml", "environment.json", "trained_on.csv", "metrics.csv", "checkpoints/best.pt", "checkpoints/last.pt",
         "figures/losses.png"}
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -19,6 +19,7 @@ from common.config import Config, Model, Train
 from common.devices import choose_precision
 from common.statistics import Statistics
 from common.store import Store
+from dataset import Tile
 from evaluation.candidates import Candidate, predictor_of
 from evaluation.scoring import tiles_at_once
 from tools.benchmark import plain
@@ -72,7 +73,7 @@ def trainer(device: str, batch: int, steps: int, size: int = CROP, widths: tuple
     store = store_on(learner.device, store_of(random_tiles(16, max(size, TILE))))
     rows = [np.arange(batch * steps) % len(store), np.array([], int)]
     crops = training_crops(rows, 1, store.sizes, size, 0, 1)
-    data = training_set.TrainingSet(store, rows[0], [""], STATISTICS, "")
+    data = training_set.TrainingSet(store, rows[0], [Tile("", "", "")], STATISTICS, "")
     return partial(epochs.run_pass, learner, data, crops, batch, True, SILENT)
 
 

@@ -16,6 +16,7 @@ import torch
 from common.config import Config, Model, Train
 from common.console import Progress
 from common.devices import peak_memory_mb
+from dataset import Tile
 from tools.benchmark.network import STATISTICS, random_crops, random_tiles, store_of, trainer
 from tools.benchmark.race import Setting, in_new_process, plain_row
 from training import epochs, training_set
@@ -81,7 +82,7 @@ def epoch(setting: Setting, plan: Train, model: Model, tiles: int) -> dict:
     config = Config(device=setting.device, model=model, train=replace(plan, compile=setting.device == "cuda"))
     learner = build_learner(config, STATISTICS)
     store = store_on(learner.device, store_of(random_tiles(tiles)))
-    data = training_set.TrainingSet(store, np.arange(tiles), [""] * tiles, STATISTICS, "")
+    data = training_set.TrainingSet(store, np.arange(tiles), [Tile("", "", "")] * tiles, STATISTICS, "")
     numbers = itertools.count(1)
     seconds = timed(lambda: epochs.run_epoch(learner, data, config, next(numbers)), setting, 1 if setting.quick else 3)
     images = plan.folds * plan.images_per_epoch
