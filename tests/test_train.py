@@ -26,8 +26,8 @@ def test_a_run_leaves_what_the_readme_says(workplace, tiny, capsys):
     train.start(tiny)
     run = workplace / "runs/tiny"
     assert {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} == {
-        ".lock", "config.yaml", "environment.json", "trained_on.csv", "metrics.csv", "checkpoints/best.pt", "checkpoints/last.pt",
-        "figures/losses.png"}
+        ".lock", "config.yaml", "environment.json", "trained_on.csv", "metrics.csv", "checkpoints/best.pt",
+        "checkpoints/last.pt", "figures/losses.png"}
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["epoch", "survivor", "train_loss", "val_loss", "val_loss_0", "val_loss_1", "train_ema",
