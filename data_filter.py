@@ -2,7 +2,6 @@ r"""Clean a folder of tiles: judge every image and its mask, split what is kept,
 
     python data_filter.py --config configs/demo.yaml
     python data_filter.py --config configs/dice_ce.yaml data.root=data/mine "data.group=^(slide\d+)"
-
     python data_filter.py --config configs/demo.yaml filter.repair=true
     python data_filter.py --config configs/demo.yaml filter.repair=true --model runs/demo.part*
 

@@ -149,7 +149,6 @@ class Filter:
         check(self.max_shift is None or self.max_shift >= 0, "filter.max_shift must be a number of pixels, or off; it "
               f"is {self.max_shift}")
 
-
     @property
     def makes_masks(self) -> bool:
         return self.repair or self.relabel

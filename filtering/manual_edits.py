@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.console import UserError
 from common.patterns import reject_outside
-from dataset import GIVEN, SPLITS, Tile, read_list, rows_of
+from dataset import SPLITS, Tile, read_list, rows_of
 
 SHOWN = 10  # items of a long list on the terminal
 
@@ -48,15 +48,7 @@ def apply_manual_edits(tiles: Sequence[Tile], before: Sequence[Tile]) -> list[Ti
     """
     judged = [_with_edits(tile, earlier) for tile, earlier in zip(tiles, _match(tiles, before), strict=True)]
     sides = _sides(judged)
-    judged = [_on_side(tile, sides[tile.group]) if tile.group and tile.split in SPLITS else tile for tile in judged]
-    return [without_relabelling(tile) if tile.is_relabelled and tile.split == "test" else tile for tile in judged]
-
-
-def without_relabelling(tile: Tile) -> Tile:
-    """Drop a tile that a model labelled: its labels are no truth to test on, nor is its group for training."""
-    verdict = tile.reason.partition(":")[0]
-    return replace(tile, proposed=verdict, split=verdict, mask_from=GIVEN,
-                   reason="not relabelled: its group is in the test set")
+    return [_on_side(tile, sides[tile.group]) if tile.group and tile.split in SPLITS else tile for tile in judged]
 
 
 def _match(tiles: Sequence[Tile], others: Sequence[Tile]) -> list[Tile | None]:

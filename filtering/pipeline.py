@@ -90,36 +90,52 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
     """
     data = config.data
     tiles = find_pairs(data)
-    by_hand = made_by_hand(tiles, data)
+    by_hand = frozenset(made_by_hand(tiles, data))
     refused = manual_edits.refused_masks(tiles, before)
     with worker_map(workers or min(cores(), len(tiles) // TILES_PER_WORKER)) as parallel_map:
         surveyed = survey_masks(tiles, config, parallel_map)
         announce(surveyed)
         tiles = list(surveyed.tiles)
-        open_verdicts = ("", "sparse") if model else ("",)
-        undecided = [i for i, tile in enumerate(tiles) if tile.proposed in open_verdicts
-                     or (tile.key in by_hand and config.filter.makes_masks and tile.proposed != "corrupt")]
-        jobs = [Job(tiles[i], tiles[i].key in by_hand and config.filter.makes_masks, tiles[i].key in refused)
-                for i in undecided]
+        in_use = by_hand if config.filter.makes_masks else frozenset()
+        undecided = [i for i, tile in enumerate(tiles) if not tile.proposed or (tile.proposed == "sparse" and model)
+                     or (tile.key in in_use and tile.proposed != "corrupt")]
+        jobs = [Job(tiles[i], tiles[i].key in in_use, tiles[i].key in refused) for i in undecided]
         asked = WithPredictions(jobs, model) if model else jobs
         results: dict[int, Audited] = {}
         with Progress("judge images", len(undecided), "tile") as progress:
             for i, result in zip(undecided, parallel_map(partial(audit_tile, data, config.filter), asked), strict=True):
                 results[i], tiles[i] = result, result.tile
                 progress.advance()
-    tiles, copies = mark_copies(tiles, config.filter.drop_duplicates)
-    tiles = manual_edits.apply_manual_edits(propose_split(tiles, data.test_fraction, config.seed), before)
+    drop = config.filter.drop_duplicates
+    tiles, copies = mark_copies(tiles, drop)
+    tiles = propose_split(tiles, data.test_fraction, config.seed)
+    if model:
+        tiles = with_model(tiles, manual_edits.apply_manual_edits(tiles, before), results)
+        tiles, _ = mark_copies(tiles, drop)
+    tiles = manual_edits.apply_manual_edits(tiles, before)
     new_masks = {}
     for i, result in results.items():
-        if result.if_tested and tiles[i].split == "test" and tiles[i].has_new_mask:
-            result = result.if_tested
-            tiles[i] = replace(tiles[i], reason=result.tile.reason, ignored=result.tile.ignored)
-        if result.pixels is not None and tiles[i].has_new_mask:
+        if tiles[i].has_new_mask:
             surveyed.pixels[i] = result.pixels
-        if result.new_mask and tiles[i].has_new_mask:
-            new_masks[tiles[i].key] = result.new_mask
+            if result.new_mask:
+                new_masks[tiles[i].key] = result.new_mask
     surveyed.pixels[[tile.proposed == "corrupt" for tile in tiles]] = 0
-    return replace(surveyed, tiles=tiles, copies=copies, new_masks=new_masks, by_hand=frozenset(by_hand))
+    return replace(surveyed, tiles=tiles, copies=copies, new_masks=new_masks, by_hand=by_hand)
+
+
+def with_model(tiles: Sequence[Tile], in_force: Sequence[Tile], results: dict[int, "Audited"]) -> list[Tile]:
+    """Return the tiles as the model judges them, but those on the test side as their images alone do.
+
+    A model must not choose what it is tested on: with or without it, the test set is the same. `in_force` are the tiles
+    with what a person said of them, and `results` are changed to those that count.
+    """
+    tested = {tile.group for tile in in_force if tile.group and tile.split == "test"}
+    judged = list(tiles)
+    for i, result in results.items():
+        if result.asked and in_force[i].split != "test" and in_force[i].group not in tested:
+            results[i], tile = result.asked, result.asked.tile
+            judged[i] = replace(tile, proposed=tile.proposed or "train")
+    return judged
 
 
 def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMap) -> FilterResult:
@@ -235,54 +251,58 @@ class Audited(NamedTuple):
     tile: Tile
     pixels: np.ndarray | None = None  # (K,) of each class in a new mask
     new_mask: bytes = b""  # the file of a mask that the filter made
-    if_tested: "Audited | None" = None  # in place of this, if it is for training only
+    asked: "Audited | None" = None  # the same tile as a model judges it, if one was asked
 
 
 def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
     """Decode a tile, measure and judge it, and make a new mask if the limits and the person allow it."""
-    tile = job.tile
+    tile, mask_by_hand = job.tile, None
     try:
         image, labels = read_pair(tile.given_pair, data)
+        if job.made_by_hand and not job.refused:
+            mask_by_hand = _read_mask_by_hand(tile, data)
     except UserError as error:
         return Audited(replace(tile, proposed="corrupt", reason=str(error)))
-    try:
-        own = replace(tile, mask_from=REPAIRED)
-        mask_by_hand = read_pair(own.pair, data)[1] if job.made_by_hand and not job.refused else None
-    except UserError as error:
-        advice = (f"A mask in {NEW_MASKS}/ is grey or has a palette, and holds the index of a class, 0 to "
-                  f"{len(data.classes) - 1}, or 255 for none: fix it, or delete it to get the filter's")
-        return Audited(replace(tile, proposed="corrupt", reason=f"{str(error).partition('; fix')[0]}. {advice}"))
-    digest = digest_of(image)
     glass = audit.find_glass(audit.inverted_grey(image), limits)
-    probs = None if job.probs is None else job.probs.astype(np.float32) / 255
-    measured = audit.measure_tile(image, labels, limits, glass)
-    if probs is not None:
-        measured |= audit.ask_model(probs, labels, limits)
-    tile = replace(tile, digest=digest, **measured)
-    tile = replace(tile, proposed=audit.verdict(tile, limits))
+    tile = replace(tile, digest=digest_of(image), **audit.measure_tile(image, labels, limits, glass))
+    model = {}
+    if job.probs is not None:
+        probs = job.probs.astype(np.float32) / 255
+        model = audit.ask_model(probs, labels, limits)
     if mask_by_hand is not None:
-        ignored = float(np.mean(mask_by_hand == IGNORE))
-        tile = replace(tile, proposed="", mask_from=REPAIRED, ignored=ignored, reason="mask made or edited by hand")
+        tile = replace(tile, proposed="", mask_from=REPAIRED, ignored=float(np.mean(mask_by_hand == IGNORE)),
+                       reason="mask made or edited by hand", **model)
         return Audited(tile, _pixels(mask_by_hand, data))
+    judged = judge(tile, image, labels, glass, data, limits, job.refused)
+    if not model:
+        return judged
+    asked = judge(replace(tile, **model), image, labels, glass, data, limits, job.refused, probs, job.model)
+    return judged._replace(tile=replace(judged.tile, **model), asked=asked)
+
+
+def _read_mask_by_hand(tile: Tile, data: Data) -> np.ndarray:
+    try:
+        return read_pair(replace(tile, mask_from=REPAIRED).pair, data)[1]
+    except UserError as error:
+        raise UserError(f"{str(error).partition('; fix')[0]}. A mask in {NEW_MASKS}/ is grey or has a palette, and "
+                        f"holds the index of a class, 0 to {len(data.classes) - 1}, or 255 for none: fix it, or delete "
+                        "it to get the filter's") from None
+
+
+def judge(tile: Tile, image: np.ndarray, labels: np.ndarray, glass: np.ndarray, data: Data, limits: Filter,
+          refused: bool, probs: np.ndarray | None = None, model: str = "") -> Audited:
+    """Propose a verdict for a measured tile, or a new mask in its place, unless a person has `refused` that."""
+    tile = replace(tile, proposed=audit.verdict(tile, limits))
     if tile.proposed not in REPAIRABLE or not limits.makes_masks:
         return Audited(tile)
-    made, untouched, source = NewMask(None), NewMask(None), REPAIRED
+    made, source = NewMask(None), REPAIRED
     if limits.repair:
-        moves = audit.certain_moves(tile, limits)
-        made = repair(image, labels, glass, moves, limits, probs)
-        if probs is not None and made.labels is not None:  # a model must not choose the pixels on which it is tested
-            by_image = replace(tile, model_confidence=None)
-            untouched = repair(image, labels, glass, audit.certain_moves(by_image, limits), limits)
+        made = repair(image, labels, glass, audit.certain_moves(tile, limits), limits, probs)
     if made.labels is None and limits.relabel and probs is not None:
-        made, source = relabel(labels, probs, limits), f"{MODEL} {job.model}"
-    if made.labels is None or job.refused:
+        made, source = relabel(labels, probs, limits), f"{MODEL} {model}"
+    if made.labels is None or refused:
         what = "repair refused by hand" if made.labels is not None else made.what
         return Audited(replace(tile, reason=what, ignored=made.ignored))
-    if_tested = _with_mask(tile, untouched, REPAIRED, data) if untouched.labels is not None else None
-    return _with_mask(tile, made, source, data)._replace(if_tested=if_tested)
-
-
-def _with_mask(tile: Tile, made: NewMask, source: str, data: Data) -> Audited:
     tile = replace(tile, reason=f"{tile.proposed}: {made.what}", ignored=made.ignored, mask_from=source, proposed="")
     return Audited(tile, _pixels(made.labels, data), encode(made.labels, len(data.classes)))
 
@@ -301,21 +321,16 @@ def mark_copies(tiles: Sequence[Tile], drop: bool) -> tuple[list[Tile], list[lis
               if len(places) > 1 and tiles[places[0]].digest]
     for places in copies:
         for i in places[1:]:
-            reasons = [marked[i].reason, f"same image as {marked[places[0]].key}"]
-            marked[i] = replace(marked[i], reason="; ".join(filter(None, reasons)))
-        for i in [i for i in places if drop and not marked[i].proposed][1:]:
+            note = f"same image as {marked[places[0]].key}"
+            if note not in marked[i].reason:
+                marked[i] = replace(marked[i], reason="; ".join(filter(None, [marked[i].reason, note])))
+        for i in [i for i in places if drop and marked[i].proposed in ("", *SPLITS)][1:]:
             marked[i] = replace(marked[i], proposed="duplicate")
     return marked, [[marked[i].key for i in places] for places in copies]
 
 
 def propose_split(tiles: Sequence[Tile], test_fraction: float, seed: int) -> list[Tile]:
-    """Propose train or test for all tiles that are not to be dropped. Labels that a model made are never tested.
-
-    Tiles with such labels do not take part in the draw. They follow their group, and are dropped with a test group.
-    """
-    drawn = [tile for tile in tiles if not tile.proposed and not tile.is_relabelled]
-    splits = iter(split_by_group(drawn, test_fraction, seed) if drawn else [])
-    tiles = [tile if tile.proposed or tile.is_relabelled else replace(tile, proposed=next(splits)) for tile in tiles]
-    tested = {tile.group for tile in tiles if tile.group and tile.proposed == "test"}
-    return [tile if tile.proposed else manual_edits.without_relabelling(tile) if tile.group in tested
-            else replace(tile, proposed="train") for tile in tiles]
+    """Propose train or test for all tiles that are not to be dropped."""
+    kept = [tile for tile in tiles if not tile.proposed]
+    splits = iter(split_by_group(kept, test_fraction, seed) if kept else [])
+    return [tile if tile.proposed else replace(tile, proposed=next(splits)) for tile in tiles]

@@ -116,7 +116,7 @@ def penalty(shift: float | np.ndarray, angle: float) -> float | np.ndarray:
 
 
 def search(criterion: Criterion, shares: np.ndarray, classes: Sequence[int],
-            cell: int) -> tuple[float, list[tuple[float, Move]]]:
+           cell: int) -> tuple[float, list[tuple[float, Move]]]:
     """Return the criterion in place and the moves that fit best on the coarse grid, each with its criterion.
 
     At most one move of each neighbourhood is returned.

@@ -38,11 +38,12 @@ def repair(image: np.ndarray, labels: np.ndarray, glass: np.ndarray, moves: Sequ
     nowhere, is not repaired.
     """
     colours = Colours(image, limits.sigma)
+    in_place = fit(colours, labels, Move()) if moves else 0.0
     for move in moves:
         moved = move.undo(labels)
         left = np.count_nonzero(moved != IGNORE)
         if (left and np.count_nonzero(contradicted(moved, glass, limits)) <= MOST_CONTRADICTED * left
-                and fit(colours, labels, move) <= fit(colours, labels, Move())):
+                and fit(colours, labels, move) <= in_place):
             return _without_doubt(labels, moved, glass, limits, probs, _describe(move))
     is_off = any(reaches(move.length(labels.shape), limits.max_shift) for move in moves)
     if is_off and not _contradicts(labels, glass, limits):  # else tissue that was left out may look like a move

@@ -1,7 +1,7 @@
 """Copy tiles and move some of their masks by known shifts and rotations, to see what the filter makes of them.
 
     python -m tools.move_masks --config configs/ebhi.yaml data/ebhi_moved
-    python data_filter.py --config configs/ebhi.yaml data.root=data/ebhi_moved filter.max_shift=10 filter.repair=true
+    python data_filter.py --config configs/ebhi.yaml data.root=data/ebhi_moved filter.max_shift=15 filter.repair=true
     python -m tools.filter_accuracy data/ebhi_moved
 
 The given masks count as clean. The outer sixth of each side is cut off, so that a mask can be moved without an empty

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,23 +145,24 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     options = ["--visible-defects"] if args.visible_defects else []
     trials, tests = [], []
-    with Progress("trials", args.seeds * (4 + 7 + 2 + 2), "step") as progress:
-        for seed in range(1, args.seeds + 1):
-            folder = (args.out / f"seed{seed}").resolve()
-            folder.mkdir(parents=True, exist_ok=True)
-            make_tiles(folder / "data", args.tiles, args.slides, seed, *options)
-            make_tiles(folder / "test", args.test_tiles, args.test_slides, seed + TEST_SEEDS)
-            trials.append(Trial(folder, (f"seed={seed}", *args.overrides)))
-            tests.append(folder / "test")
-        first = [arm for arm in ARMS if arm not in ASK_MODELS]
-        for work in (
-            [lambda t=t, arm=arm: t.filter(arm) for t in trials for arm in first],
-            [*(lambda t=t, part=part: t.train("repair", part) for t in trials for part in range(1, PARTS + 1)),
-             *(lambda t=t, arm=arm: t.train(arm) for t in trials for arm in first)],
-            [lambda t=t, arm=arm: t.filter(arm) for t in trials for arm in ASK_MODELS],
-            [lambda t=t, arm=arm: t.train(arm) for t in trials for arm in ASK_MODELS],
-        ):
-            at_once(work, progress)
+    for seed in range(1, args.seeds + 1):
+        folder = (args.out / f"seed{seed}").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        make_tiles(folder / "data", args.tiles, args.slides, seed, *options)
+        make_tiles(folder / "test", args.test_tiles, args.test_slides, seed + TEST_SEEDS)
+        trials.append(Trial(folder, (f"seed={seed}", *args.overrides)))
+        tests.append(folder / "test")
+    first = [arm for arm in ARMS if arm not in ASK_MODELS]
+    work = [
+        [partial(t.filter, arm) for t in trials for arm in first],
+        [*(partial(t.train, "repair", part) for t in trials for part in range(1, PARTS + 1)),
+         *(partial(t.train, arm) for t in trials for arm in first)],
+        [partial(t.filter, arm) for t in trials for arm in ASK_MODELS],
+        [partial(t.train, arm) for t in trials for arm in ASK_MODELS],
+    ]
+    with Progress("filter and train", sum(map(len, work)), "step") as progress:
+        for jobs in work:  # each needs those before it
+            at_once(jobs, progress)
     rows = []
     with Progress("score", len(SHOWN) * len(trials), "model") as progress:
         for arm in SHOWN:
