@@ -32,6 +32,7 @@ MOST_STEPS = 60  # of a refinement
 WORST = 2.0  # above every criterion
 LEAST_LABELLED = 0.5  # share of a tile; a small part of a mask may seem to fit anywhere
 MIN_OVERLAP = 0.65  # share of the labelled pixels that must still lie in the tile
+FARTHEST = 1 - MIN_OVERLAP  # share of each side by which a mask is shifted
 SHIFT_PENALTY = 0.05  # by how much a shift across the whole tile must fit better than none
 TURN_PENALTY = 0.05  # the same for a rotation by 30 degrees
 LEAST_VARIANCE = 1e-3  # of the whole tile's; an overlap with less says nothing
@@ -121,13 +122,14 @@ def search(criterion: Criterion, shares: np.ndarray, classes: Sequence[int],
 
     At most one move of each neighbourhood is returned.
     """
-    found, in_place, side = [], np.inf, min(shares.shape[:2])
+    found, in_place, (height, width, _) = [], np.inf, shares.shape
     for angle in ANGLES:
         values, overlap = criterion.of_shifts(turned(shares, angle), classes)
         if angle == 0:
             in_place = values[0, 0]
         y, x = np.meshgrid(*(fft.fftfreq(length, 1 / length) for length in values.shape), indexing="ij")
-        costs = np.where(overlap >= MIN_OVERLAP * shares.sum(), values + penalty(np.hypot(y, x) / side, angle), np.inf)
+        allowed = (overlap >= MIN_OVERLAP * shares.sum()) & (abs(y) <= FARTHEST * height) & (abs(x) <= FARTHEST * width)
+        costs = np.where(allowed, values + penalty(np.hypot(y, x) / min(height, width), angle), np.inf)
         best = costs.argmin()
         turn = Move(clockwise=float(angle))
         down, right = -turn.matrix @ (y.flat[best], x.flat[best]) * cell  # this step moves the turned mask back
@@ -214,11 +216,11 @@ class Colours:
         maps = np.moveaxis(self.grids[COARSE], -1, 0)
         maps = np.concatenate([np.ones((1, *maps.shape[1:])), maps, (maps**2).sum(0, keepdims=True)])
         shape = padded(maps.shape[1:])
-        return shape, fft.rfft2(maps, shape)
+        return shape, fft.rfft2(maps.astype(np.float32), shape)
 
     def of_shifts(self, shares: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         shape, spectra = self.spectra
-        of_classes = fft.rfft2(np.moveaxis(shares, -1, 0), shape).conj()                 # (K, ...)
+        of_classes = fft.rfft2(np.moveaxis(shares, -1, 0).astype(np.float32), shape).conj()                 # (K, ...)
         counts = np.maximum(fft.irfft2(spectra[0] * of_classes, shape), 0)               # (K, h, w)
         sums = fft.irfft2(spectra[1:-1, None] * of_classes, shape)                       # (3, K, h, w)
         squares = fft.irfft2(spectra[-1] * of_classes.sum(0), shape)                     # (h, w)
@@ -271,11 +273,11 @@ class Predictions:
         maps = np.moveaxis(self.grids[COARSE], -1, 0)
         maps = np.concatenate([maps, np.ones((1, *maps.shape[1:]))])
         shape = padded(maps.shape[1:])
-        return shape, fft.rfft2(maps, shape)
+        return shape, fft.rfft2(maps.astype(np.float32), shape)
 
     def of_shifts(self, shares: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         shape, spectra = self.spectra
-        of_classes = fft.rfft2(np.moveaxis(shares, -1, 0), shape).conj()                 # (n, ...)
+        of_classes = fft.rfft2(np.moveaxis(shares, -1, 0).astype(np.float32), shape).conj()                 # (n, ...)
         overlap = np.maximum(fft.irfft2(spectra[-1] * of_classes.sum(0), shape), 0)      # (h, w)
         total = fft.irfft2((spectra[list(classes)] * of_classes).sum(0), shape)          # (h, w)
         return total / np.maximum(overlap, 1), overlap
@@ -302,5 +304,5 @@ def cell_means(values: np.ndarray, cell: int) -> np.ndarray:
 
 
 def padded(shape: tuple[int, ...]) -> list[int]:
-    """Return the size at which cyclic shifts of maps do not wrap around."""
-    return [fft.next_fast_len(2 * length - 1, real=True) for length in shape]
+    """Return the size at which cyclic shifts of maps by up to FARTHEST of each side do not wrap around."""
+    return [fft.next_fast_len(length + int(FARTHEST * length), real=True) for length in shape]
