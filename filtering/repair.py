@@ -14,7 +14,7 @@ from scipy.ndimage import distance_transform_edt
 from common.config import Filter
 from common.masks import IGNORE
 from filtering.audit import compare_with_glass, contradicted, disputed, reaches
-from filtering.registration import Colours, Move, fit
+from filtering.registration import Colours, Mask, Move, fit
 
 MOST_CONTRADICTED = 0.05  # share of the labelled pixels that may contradict the image after a move
 
@@ -37,13 +37,13 @@ def repair(image: np.ndarray, labels: np.ndarray, glass: np.ndarray, moves: Sequ
     colours no worse than in place, and hardly contradict the glass. A mask that lies off with certainty, but fits
     nowhere, is not repaired.
     """
-    colours = Colours(image, limits.sigma)
-    in_place = fit(colours, labels, Move()) if moves else 0.0
+    colours, mask = Colours(image, limits.sigma), Mask(labels)
+    in_place = fit(colours, mask, Move()) if moves else 0.0
     for move in moves:
         moved = move.undo(labels)
         left = np.count_nonzero(moved != IGNORE)
         if (left and np.count_nonzero(contradicted(moved, glass, limits)) <= MOST_CONTRADICTED * left
-                and fit(colours, labels, move) <= in_place):
+                and fit(colours, mask, move) <= in_place):
             return _without_doubt(labels, moved, glass, limits, probs, _describe(move))
     is_off = any(reaches(move.length(labels.shape), limits.max_shift) for move in moves)
     if is_off and not _contradicts(labels, glass, limits):  # else tissue that was left out may look like a move

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers import moved_mask, scene
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import affine_transform, gaussian_filter
 
 from common.masks import IGNORE
 from filtering import registration
@@ -112,9 +112,10 @@ def test_the_criteria_of_labels_equal_loops(cells):
     height, width, _ = colours.grids[cells].shape
     points = labels[:height, :width].copy()
     points[:3] = IGNORE
-    assert colours.of_labels(points, cells) == pytest.approx(unexplained(colours.grids[cells], points))
+    assert colours.of_labels(points, [0, 1, 2], cells) == pytest.approx(unexplained(colours.grids[cells], points))
     predictions = Predictions(np.random.default_rng(0).dirichlet((1, 1, 1), (128, 128)))
-    assert predictions.of_labels(points, cells) == pytest.approx(regret(predictions.grids[cells], points), rel=1e-5)
+    expected = regret(predictions.grids[cells], points)
+    assert predictions.of_labels(points, [0, 1, 2], cells) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_criteria_of_all_shifts_equal_those_of_each():
@@ -125,16 +126,27 @@ def test_the_criteria_of_all_shifts_equal_those_of_each():
     size = colours.grids[COARSE].shape[0]
     cells = random.integers(0, 3, (size, size)).astype(np.uint8)
     cells[:2, 3:9] = IGNORE
-    shares = np.stack([cells == k for k in range(3)], -1).astype(float)
+    shares = np.stack([cells == k for k in range(3)])[:, None].astype(np.float32)
     for criterion in (colours, predictions):
-        values, overlap = criterion.of_shifts(shares, [0, 1, 2])
+        (values,), (overlap,) = criterion.of_shifts(shares, [0, 1, 2])
         for down, right in ((0, 0), (3, -2), (-5, 4), (0, 7)):
             moved = np.full_like(cells, IGNORE)
             y, x = np.mgrid[:size, :size]
             inside = (y - down >= 0) & (y - down < size) & (x - right >= 0) & (x - right < size)
             moved[inside] = cells[(y - down)[inside], (x - right)[inside]]
-            assert overlap[down, right] == pytest.approx((moved != IGNORE).sum())
-            assert values[down, right] == pytest.approx(criterion.of_labels(moved, COARSE))
+            assert overlap[down, right] == pytest.approx((moved != IGNORE).sum(), rel=1e-4)
+            assert values[down, right] == pytest.approx(criterion.of_labels(moved, [0, 1, 2], COARSE), rel=1e-4)
+
+
+def test_maps_of_shares_are_turned_as_scipy_turns_them():
+    shape = (14, 19)
+    shares = np.random.default_rng(0).random(shape)
+    turned = (registration.rotations(shape) @ shares.ravel()).reshape(-1, *shape)
+    for angle, found in zip(registration.ANGLES, turned, strict=True):
+        move = Move(clockwise=float(angle))
+        padded = np.pad(shares, 20)
+        expected = affine_transform(padded, move.matrix, move.of_points(np.zeros(2), padded.shape), order=1)
+        assert found == pytest.approx(expected[20:-20, 20:-20])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 300), (33, 65), (150, 90), (700, 500)])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import affine_transform, gaussian_filter
 
 from common.config import Config, Data, Filter
 from common.store import read_pair
@@ -56,10 +56,14 @@ def plain_search(image: np.ndarray, labels: np.ndarray) -> registration.Move:
     shares = registration.cell_means(np.stack([labels == k for k in classes], -1), cell)
     colours = registration.Colours(image, REPORT.sigma).grids[registration.COARSE]
     height, width = shares.shape[:2]
+    most_down, most_right = int(registration.FARTHEST * height), int(registration.FARTHEST * width)
     for angle in registration.ANGLES:
-        turned = registration.turned(shares, angle)
-        for down in range(-height // 2, height // 2 + 1):
-            for right in range(-width // 2, width // 2 + 1):
+        move = registration.Move(clockwise=float(angle))
+        offset = move.of_points(np.zeros(2), (height, width))
+        turned = np.stack([affine_transform(of_class, move.matrix, offset, order=1)
+                           for of_class in np.moveaxis(shares, -1, 0)], axis=-1)
+        for down in range(-most_down, most_down + 1):
+            for right in range(-most_right, most_right + 1):
                 rows, columns = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
                 cut = turned[max(-down, 0):height - max(down, 0), max(-right, 0):width - max(right, 0)].reshape(
                     -1, len(classes))
@@ -73,9 +77,8 @@ def plain_search(image: np.ndarray, labels: np.ndarray) -> registration.Move:
                 cost = 1 - between / (weights @ deviations**2).sum() + registration.penalty(
                     np.hypot(down, right) / min(height, width), angle)
                 if cost < best[0]:
-                    turn = registration.Move(clockwise=float(angle))
-                    y, x = -turn.matrix @ (down, right) * cell
-                    best = cost, registration.Move(x, y, turn.clockwise)
+                    y, x = -move.matrix @ (down, right) * cell
+                    best = cost, registration.Move(x, y, move.clockwise)
     return best[1]
 
 
