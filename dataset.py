@@ -346,8 +346,22 @@ def _tile_of(row: dict, where: str) -> Tile:
     return Tile(**values)
 
 
-def identity(tiles: Iterable[Tile]) -> str:
-    """Return a sha256 of what a run depends on: key, files, group and split of the kept tiles, in any order."""
-    kept = sorted((tile.key, tile.image, tile.mask, tile.group, tile.split, *([tile.mask_from] * tile.has_new_mask))
+def identity(tiles: Iterable[Tile], data: Data) -> str:
+    """Return a sha256 of what a run depends on: key, files, group and split of the kept tiles, in any order.
+
+    The contents of the filter's new masks count, too, since every run of the filter may change them.
+    """
+    kept = sorted((tile.key, tile.image, tile.mask, tile.group, tile.split, *_origin(tile, data))
                   for tile in tiles if tile.split in SPLITS)
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+
+
+def _origin(tile: Tile, data: Data) -> list[str]:
+    """Return where a new mask comes from, and the sha256 of its file; nothing for a given mask."""
+    if not tile.has_new_mask:
+        return []
+    path = tile.pair.paths(data)[1]
+    try:
+        return [tile.mask_from, hashlib.sha256(path.read_bytes()).hexdigest()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run data_filter.py again") from None

@@ -184,6 +184,10 @@ class Loss:
     def __post_init__(self):
         check(0 < self.q <= 1, f"loss.q must be above 0 and at most 1; it is {self.q}")
         check(self.border >= 0, f"loss.border must be a number of pixels; it is {self.border}")
+        check(self.q == Loss.q or self.name == "gce", f"loss.q={self.q} has no effect on loss.name={self.name}; leave "
+              "it out, or set loss.name=gce")
+        check(self.border_as == Loss.border_as or self.border, f"loss.border_as={self.border_as} has no effect without "
+              "a border; leave it out, or set loss.border=2, for example")
 
 
 @dataclass(frozen=True)

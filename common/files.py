@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,27 @@ def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str] = ()) -> 
         writer = csv.DictWriter(file, columns or rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder, which becomes `path` if the block succeeds, and is removed if it fails.
+
+    Raise a `UserError` if `path` exists, unless it is an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists and is not an empty folder; remove it or choose another")
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    with writing(path, only_in=partial.parent):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            if target.is_dir():
+                target.rmdir()  # Windows does not replace an empty folder
+            partial.replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

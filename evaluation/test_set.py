@@ -43,7 +43,7 @@ def open_test_set(candidates: Sequence[Candidate], split: str) -> TestSet:
     tiles, rows = tiles_of_split(first.config, split)
     for other in candidates[1:]:
         _check_comparable(first, other)
-    tiles_identity = identity(tiles)
+    tiles_identity = identity(tiles, first.config.data)
     path = first.config.data.list_folder / TILE_LIST
     caveats = [f"{path} has changed since {candidate.name} was trained; some test tiles "
                "may have been training tiles."

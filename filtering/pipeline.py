@@ -120,7 +120,7 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
             if result.new_mask:
                 new_masks[tiles[i].key] = result.new_mask
     surveyed.pixels[[tile.proposed == "corrupt" for tile in tiles]] = 0
-    return replace(surveyed, tiles=tiles, copies=copies, new_masks=new_masks, by_hand=by_hand)
+    return replace(surveyed, tiles=tiles, copies=copies, new_masks=new_masks, by_hand=by_hand - refused)
 
 
 def with_model(tiles: Sequence[Tile], in_force: Sequence[Tile], results: dict[int, "Audited"]) -> list[Tile]:
@@ -314,7 +314,7 @@ def _pixels(labels: np.ndarray, data: Data) -> np.ndarray:
 def mark_copies(tiles: Sequence[Tile], drop: bool) -> tuple[list[Tile], list[list[str]]]:
     """Note which tiles show the same image, and return the keys of each such image. Without a digest none is known.
 
-    If `drop`, propose `duplicate` for each tile after the first one that is kept.
+    If `drop`, propose `duplicate` for all but one of those that are kept: the first one with its given mask, if any.
     """
     marked = list(tiles)
     copies = [places for places in places_by_group([tile.digest for tile in tiles])
@@ -324,7 +324,8 @@ def mark_copies(tiles: Sequence[Tile], drop: bool) -> tuple[list[Tile], list[lis
             note = f"same image as {marked[places[0]].key}"
             if note not in marked[i].reason:
                 marked[i] = replace(marked[i], reason="; ".join(filter(None, [marked[i].reason, note])))
-        for i in [i for i in places if drop and marked[i].proposed in ("", *SPLITS)][1:]:
+        kept = [i for i in places if drop and marked[i].proposed in ("", *SPLITS)]
+        for i in sorted(kept, key=lambda i: marked[i].has_new_mask)[1:]:
             marked[i] = replace(marked[i], proposed="duplicate")
     return marked, [[marked[i].key for i in places] for places in copies]
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from helpers import tiny_config, write_pairs
 
 from common.workers import THREAD_VARIABLES
@@ -29,6 +30,21 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory):
+    """Return what builds a folder of a name, or returns the one that another process of pytest-xdist has built."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def build(name, fill):
+        with FileLock(root / f"{name}.lock"):
+            folder = root / name
+            if not folder.exists():
+                fill(folder)
+        return folder
+    return build
 
 
 @pytest.fixture(scope="session")

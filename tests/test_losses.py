@@ -233,8 +233,8 @@ def test_the_setting_border_changes_only_pixels_near_borders(name, border_as):
     target[:, 6:] = 1
     logits = torch.randn((1, 3, 12, 12), generator=torch.Generator().manual_seed(0)).requires_grad_()
     frequencies = torch.tensor([0.5, 0.3, 0.2])
-    plain, bordered = (make_loss(Loss(name, border=border, border_as=border_as), frequencies)(logits, target)
-                       for border in (0, 2))
+    plain, bordered = (make_loss(settings, frequencies)(logits, target)
+                       for settings in (Loss(name), Loss(name, border=2, border_as=border_as)))
     assert plain.item() != pytest.approx(bordered.item(), abs=1e-4)
     bordered.backward()
     at_border = logits.grad[0, :, 4:8].abs()

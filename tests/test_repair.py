@@ -13,9 +13,10 @@ from PIL import Image
 
 from common.config import Config
 from common.config_files import apply_overrides
+from common.console import UserError
 from common.masks import IGNORE
 from common.store import open_store, read_pair
-from dataset import read_tiles
+from dataset import identity, read_tiles
 from evaluation.unseen import UnseenTiles
 from filtering import report
 from filtering.new_masks import decode
@@ -31,7 +32,7 @@ CONFIG = ["data.root=tiles", "data.group=^(s\\d+)", "filter.sigma=5", "filter.ma
 REPAIR = [*CONFIG, "filter.repair=true"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiles(tmp_path_factory):
     """Twenty tiles of five slides; three masks lie off, and two lack tissue."""
     root = tmp_path_factory.mktemp("tiles") / "tiles"
@@ -203,6 +204,10 @@ def test_masks_edited_by_hand_are_kept(place, here):
             assert "by hand" in found[key]["reason"]
             assert float(found[key]["ignored"]) == pytest.approx((labels == IGNORE).mean())
         assert "made or edited by hand and stay as they are: 2" in out.stdout
+    edit(place, s1_1={"mask_from": "given"})
+    out = filtered(here, place, *REPAIR)
+    assert rows(place)["s1-1"]["mask_from"] == "given" and "stay as they are: 1, for example s0-3" in out.stdout
+    edit(place, s1_1={"mask_from": "repaired", "split": rows(place)["s1-1"]["proposed"], "by_hand": ""})
     Image.fromarray(np.full((SIZE, SIZE), 7, np.uint8)).save(new)
     out = filtered(here, place, *REPAIR, code=2)
     assert "s1-1.png: contains 7" in out.stderr
@@ -211,22 +216,47 @@ def test_masks_edited_by_hand_are_kept(place, here):
     assert "the mask is 50 x 200 pixels" in out.stderr
 
 
+def test_new_contents_of_a_new_mask_are_seen_by_runs(place, here):
+    filtered(here, place, *REPAIR)
+    data = apply_overrides(Config(), [f"data.root={place / 'tiles'}"]).data
+    tiles = read_tiles(data)
+    assert tiles[0].mask_from == "given" and identity(tiles, data) == identity(tiles[::-1], data)
+    before, path = identity(tiles, data), place / "tiles/repaired/s0-3.png"
+    labels = np.array(Image.open(path))
+    labels[:5] = IGNORE
+    Image.fromarray(labels).save(path)
+    assert identity(tiles, data) != before
+    path.unlink()
+    with pytest.raises(UserError, match="s0-3.png: cannot be read"):
+        identity(tiles, data)
+
+
+def test_of_two_copies_the_one_with_its_given_mask_stays(place, here):
+    frames, masks = place / "tiles/frames", place / "tiles/masks"
+    labels = truth("s0-3")
+    shutil.copy(frames / "frame#s0-3.png", frames / "frame#s0-9.png")
+    Image.fromarray(GREYS[labels]).save(masks / "mask#s0-9.png")
+    filtered(here, place, *REPAIR, "filter.drop_duplicates=true")
+    found = rows(place)
+    assert found["s0-3"]["split"] == "duplicate" and found["s0-9"]["split"] in ("train", "test")
+
+
 # ---------------------------------------------------------------------------------------------- models
 
 TRAIN = [*TINY, "data.crop=32", "model.widths=[6,12]", "train.images_per_epoch=48", "train.epochs=4", "optim.lr=0.01",
          *CONFIG]
 
 
-@pytest.fixture(scope="module")
-def asked(tiles, tmp_path_factory):
-    """A copy of the tiles that was repaired, with three cross-fitted models."""
-    place = tmp_path_factory.mktemp("asked") / "place"
-    shutil.copytree(tiles.parent, place)
-    for command in (["data_filter.py", "--config", "any.yaml", *REPAIR, "--workers", 1],
-                    ["tools.cross_fit", "--config", "any.yaml", "--parts", 3, *TRAIN]):
-        out = script(*command, cwd=place)
-        assert out.returncode == 0, out.stderr
-    return place
+@pytest.fixture(scope="session")
+def asked(tiles, built_once):
+    """A copy of the tiles that was repaired, with three cross-fitted models. Tests must not change it."""
+    def fill(place):
+        shutil.copytree(tiles.parent, place)
+        for command in (["data_filter.py", "--config", "any.yaml", *REPAIR, "--workers", 1],
+                        ["tools.cross_fit", "--config", "any.yaml", "--parts", 3, *TRAIN]):
+            out = script(*command, cwd=place)
+            assert out.returncode == 0, out.stderr
+    return built_once("asked", fill)
 
 
 RUNS = [f"runs/any.part{part}" for part in (1, 2, 3)]

@@ -20,7 +20,7 @@ SMALL = ["model.widths=[4,8]", "data.crop=64", "train.epochs=2", "train.folds=2"
          "train.batch_size=4", "device=cpu"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """Demo tiles, filtered."""
     folder = tmp_path_factory.mktemp("demo")

@@ -27,8 +27,6 @@ A tile depends on the seed, its slide, its number and the size, but not on the n
 
 import argparse
 import csv
-import os
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -40,7 +38,7 @@ from PIL import Image
 from scipy import ndimage
 
 from common.console import Progress, UserError, argument_parser, command, run, table
-from common.files import writing
+from common.files import new_folder
 from common.workers import cores, worker_map
 
 CLASSES = ("background", "tissue", "tumour")
@@ -573,19 +571,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the tiles beside OUT and move them there at the end, so that an interrupted run leaves nothing."""
     args = parse(arguments)
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise UserError(f"{args.out} exists and is not an empty folder; remove it or choose another")
-    target = args.out.resolve()
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    with writing(args.out):
-        partial.mkdir(parents=True)
-        try:
-            written = write_data_set(partial, args.tiles, args.slides, args.size, args.seed, args.visible_defects)
-            partial.replace(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(args.out) as folder:
+        written = write_data_set(folder, args.tiles, args.slides, args.size, args.seed, args.visible_defects)
     print(report(args.out, written))
 
 

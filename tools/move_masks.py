@@ -5,19 +5,19 @@
     python -m tools.filter_accuracy data/ebhi_moved
 
 The given masks count as clean. The outer sixth of each side is cut off, so that a mask can be moved without an empty
-part. Every fourth mask is moved, one half by a shift of 8 to 16 % of the tile's side, the other half by a rotation of 8
-to 25 degrees. OUT has the layout of tools.make_demo_data, with truth/ and truth.csv.
+part. Every fourth mask is moved, one half by a shift of 8 to 16 % of the shorter side, the other half by a rotation of
+8 to 25 degrees, or less if a tile is far from square. OUT has the layout of tools.make_demo_data, with truth/ and
+truth.csv, and a folder for each {group} of data.images.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common.config_files import load_config
-from common.console import Progress, UserError, argument_parser, run
-from common.files import writing
+from common.console import Progress, UserError, argument_parser, command, run
+from common.files import new_folder, write_csv
 from common.masks import IGNORE, label_image
 from common.randomness import generator
 from common.store import read_pair
@@ -29,11 +29,21 @@ CUT = 6  # the part of a side that is cut off at each end is 1 / CUT
 MOVED = 4  # every so many tiles
 
 
-def random_move(random: np.random.Generator, side: int, turn: bool) -> Move:
+def random_move(random: np.random.Generator, shape: tuple[int, int], margin: tuple[int, int], turn: bool) -> Move:
+    """Return a shift, or a rotation after which a tile (h, w) still shows only what lies in its margin."""
     if turn:
-        return Move(clockwise=round(float(random.uniform(8, 25) * random.choice([-1, 1])), 1))
-    angle, length = random.uniform(0, 2 * np.pi), random.uniform(0.08, 0.16) * side
+        most = largest_angle(shape, margin)
+        return Move(clockwise=round(float(random.uniform(min(8, most / 2), most) * random.choice([-1, 1])), 1))
+    angle, length = random.uniform(0, 2 * np.pi), random.uniform(0.08, 0.16) * min(shape)
     return Move(round(float(length * np.cos(angle))), round(float(length * np.sin(angle))))
+
+
+def largest_angle(shape: tuple[int, int], margin: tuple[int, int]) -> float:
+    """Return the largest rotation, at most 25 degrees, that turns no corner of a tile (h, w) out of its margin."""
+    half = (np.array(shape) - 1) / 2
+    angles = np.radians(np.arange(0, 25.1, 0.1))
+    reach = np.abs(half[:, None] * np.cos(angles)) + half[::-1, None] * np.sin(angles)  # (2, n), of the corners
+    return float(np.degrees(angles[(reach <= (half + margin)[:, None]).all(0)].max()))
 
 
 def moved(labels: np.ndarray, move: Move, top: int, left: int, shape: tuple[int, int]) -> np.ndarray:
@@ -52,39 +62,41 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    if args.out.exists():
-        raise UserError(f"{args.out} exists; remove it or choose another folder")
-    tiles, rows = find_pairs(config.data), []
-    with writing(args.out), Progress("move masks", len(tiles), "tile") as progress:
-        for name in ("frames", "masks", "truth"):
-            (args.out / name).mkdir(parents=True)
+    data, (tiles, rows) = config.data, (find_pairs(config.data), [])
+    by_group = "{group}" in data.images
+    with new_folder(args.out) as folder, Progress("move masks", len(tiles), "tile") as progress:
+        (folder / "truth").mkdir()
         for i, tile in enumerate(tiles):
-            image, labels = read_pair(tile.pair, config.data)
+            image, labels = read_pair(tile.given_pair, data)
             if (labels == IGNORE).any():
-                raise UserError(f"{config.data.root}/{tile.mask}: some pixels have no class; this tool needs masks "
-                                "without data.ignore")
-            top, left = (length // CUT for length in labels.shape)
+                raise UserError(f"{data.root}/{tile.mask}: some pixels have no class; this tool needs masks without "
+                                "data.ignore")
+            margin = top, left = labels.shape[0] // CUT, labels.shape[1] // CUT
             shape = labels.shape[0] - 2 * top, labels.shape[1] - 2 * left
             move, defect = Move(), "none"
             if i % MOVED == 1:
                 defect = "rotated" if i % (2 * MOVED) == 1 else "shifted"
-                move = random_move(generator(config.seed, 0, i, "move masks"), min(shape), defect == "rotated")
+                move = random_move(generator(config.seed, 0, i, "move masks"), shape, margin, defect == "rotated")
             clean, given = (moved(labels, one, top, left, shape) for one in (Move(), move))
-            Image.fromarray(image[top:top + shape[0], left:left + shape[1]]).save(
-                args.out / "frames" / f"frame#{tile.key}.png")
-            label_image(given, config.data).save(args.out / "masks" / f"mask#{tile.key}.png")
-            label_image(clean, config.data).save(args.out / "truth" / f"mask#{tile.key}.png")
+            group, name = (tile.group, tile.key.removeprefix(f"{tile.group}-")) if by_group else ("", tile.key)
+            for kind, picture in (("frame", Image.fromarray(image[top:top + shape[0], left:left + shape[1]])),
+                                  ("mask", label_image(given, data))):
+                path = folder / f"{kind}s" / group / f"{kind}#{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+            label_image(clean, data).save(folder / "truth" / f"mask#{tile.key}.png")
             row = dict.fromkeys(COLUMNS, "") | {"key": tile.key, "slide": tile.group, "defect": defect}
             if defect != "none":
                 row |= {"dx": move.right, "dy": move.down, "angle": move.clockwise}
             rows.append(row | {"foreground": f"{np.mean(clean > 0):.6f}", "wrong": f"{np.mean(given != clean):.6f}",
                                "visible": f"{np.mean((given > 0) != (clean > 0)):.6f}"})
             progress.advance()
-        with (args.out / "truth.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    print(f"wrote {args.out}: {len(tiles)} tiles, {sum(row['defect'] != 'none' for row in rows)} with a moved mask")
+        write_csv(folder / "truth.csv", rows, COLUMNS)
+    layout = {"root": str(args.out)} | {kind: f"{part}s/{'{group}/' * by_group}{part}#{{key}}.png"
+                                        for kind, part in (("images", "frame"), ("masks", "mask"))}
+    settings = [f"data.{name}={value}" for name, value in layout.items() if getattr(data, name) != value]
+    print(f"wrote {args.out}: {len(tiles)} tiles, {sum(row['defect'] != 'none' for row in rows)} with a moved mask\n"
+          f"next:  {command('python', 'data_filter.py', '--config', args.config, *args.overrides, *settings)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ KEY is PATIENT-REST_CLASS, with NAME in capitals because the published names mix
 one class, so split by patient (data.group), never by tile.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image
 
 from common.config import Data
 from common.console import Progress, UserError, argument_parser, command, run, table
-from common.files import writing
+from common.files import new_folder
 from common.pictures import open_picture, read_image
 
 CLASS_OF_GLAND = {"Adenocarcinoma": 2, "High-grade IN": 2, "Low-grade IN": 1, "Normal": 1, "Polyp": 1,
@@ -62,24 +61,21 @@ def read_label(path: Path, gland: int) -> np.ndarray:
 
 
 def convert_pairs(pairs: list[tuple[str, Path, Path]], out: Path) -> np.ndarray:
-    """Write all pairs into the new folder `out`, which appears whole. Returns the pixels of each class (3,)."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Write all pairs into the empty folder `out`, and return the pixels of each class (3,)."""
     layout, pixels = Data(), np.zeros(3, np.int64)
     for pattern in (layout.images, layout.masks):
-        (partial / pattern).parent.mkdir(parents=True)
+        (out / pattern).parent.mkdir(parents=True)
     with Progress("prepare", len(pairs), "tile") as progress:
         for name, image_path, label_path in pairs:
             image, mask = read_image(image_path), read_label(label_path, CLASS_OF_GLAND[name])
             if image.shape[:2] != mask.shape:
                 raise UserError(f"{label_path}: the label has {mask.shape} pixels, its image {image.shape[:2]}")
             key = key_of(name, image_path)
-            Image.fromarray(image).save(partial / layout.images.replace("{key}", key))
+            Image.fromarray(image).save(out / layout.images.replace("{key}", key))
             values = np.array(layout.mask_values, np.uint8)[mask]
-            Image.fromarray(values).save(partial / layout.masks.replace("{key}", key))
+            Image.fromarray(values).save(out / layout.masks.replace("{key}", key))
             pixels += np.bincount(mask.ravel(), minlength=3)
             progress.advance()
-    partial.replace(out)
     return pixels
 
 
@@ -88,11 +84,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the folder with Adenocarcinoma/, Normal/ …")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write, e.g. data/ebhi")
     args = parser.parse_args()
-    if args.out.exists():
-        raise UserError(f"{args.out} exists; remove it or choose another folder")
-    pairs = find_sources(args.source)
-    with writing(args.out):
-        pixels = convert_pairs(pairs, args.out)
+    with new_folder(args.out) as folder:
+        pairs = find_sources(args.source)
+        pixels = convert_pairs(pairs, folder)
     patients = len({key_of(name, path).partition("-")[0] for name, path, _ in pairs})
     print(table(["tiles", "patients", *Data().classes],
                 [[str(len(pairs)), str(patients), *(f"{share:.1%}" for share in pixels / pixels.sum())]]))

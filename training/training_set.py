@@ -51,7 +51,7 @@ def prepare_data(config: Config) -> TrainingSet:
     dataset.warn_about_small_tiles(store.sizes[rows], config)
     warn_about_repeats(draw_first_folds(tiles, rows, config))
     return TrainingSet(store_on(choose_device(config.device), store), rows, [tiles[i] for i in rows],
-                       statistics_of(store.sums[rows]), dataset.identity(tiles))
+                       statistics_of(store.sums[rows]), dataset.identity(tiles, config.data))
 
 
 def kept_in(tiles: Sequence[dataset.Tile], config: Config) -> list[int]:

@@ -30,7 +30,7 @@ HOSTILE = "<img src=x onerror=alert(1)>&\"'{{ 7*7 }}"
 CLASSES = ["value", "</script><i>tissue", "tumour"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def page(tmp_path_factory):
     """The folder of a comparison of two runs, with names that are markup in HTML."""
     root = tmp_path_factory.mktemp("page")
@@ -56,7 +56,7 @@ def page(tmp_path_factory):
     return root / "out"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))

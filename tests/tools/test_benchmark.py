@@ -41,7 +41,7 @@ from unet import UNet
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     made = script("tools.make_demo_data", "data/demo", "--tiles", 24, "--slides", 3, "--size", 128, cwd=folder)

@@ -15,7 +15,7 @@ from tools import make_demo_data as demo
 SIZE, SLIDES, TILES = 256, 4, 48
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "deep" / "data"
     demo.main([str(out), "--tiles", str(TILES), "--slides", str(SLIDES), "--size", str(SIZE), "--seed", "1"])
