@@ -29,6 +29,7 @@ class Data:
     ignore: tuple[int | str, ...] = ()  # mask values or colours of pixels without a class
     group: str = ""  # regular expression that finds the slide or patient in the key; "" = every tile for itself
     test_fraction: float = 0.2
+    test_groups: tuple[str, ...] = ()  # slides or patients that form the test set; in place of test_fraction
     crop: int = 256  # pixels, the side of a training crop
 
     def __post_init__(self):

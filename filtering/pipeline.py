@@ -90,6 +90,7 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
     """
     data = config.data
     tiles = find_pairs(data)
+    reject_unknown_groups(tiles, data)
     by_hand = frozenset(made_by_hand(tiles, data))
     refused = manual_edits.refused_masks(tiles, before)
     with worker_map(workers or min(cores(), len(tiles) // TILES_PER_WORKER)) as parallel_map:
@@ -108,7 +109,7 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
                 progress.advance()
     drop = config.filter.drop_duplicates
     tiles, copies = mark_copies(tiles, drop)
-    tiles = propose_split(tiles, data.test_fraction, config.seed)
+    tiles = propose_split(tiles, data, config.seed)
     if model:
         tiles = with_model(tiles, manual_edits.apply_manual_edits(tiles, before), results)
         tiles, _ = mark_copies(tiles, drop)
@@ -136,6 +137,15 @@ def with_model(tiles: Sequence[Tile], in_force: Sequence[Tile], results: dict[in
             results[i], tile = result.asked, result.asked.tile
             judged[i] = replace(tile, proposed=tile.proposed or "train")
     return judged
+
+
+def reject_unknown_groups(tiles: Sequence[Tile], data: Data) -> None:
+    groups = list(dict.fromkeys(tile.group for tile in tiles if tile.group))
+    unknown = [name for name in data.test_groups if name not in groups]
+    if unknown:
+        there = f"the groups are {', '.join(groups[:SHOWN])}{' …' if len(groups) > SHOWN else ''}" if groups else (
+            "no tile has a group: set data.group or use {group} in data.images")
+        raise UserError(f"data.test_groups: no tile is of {', '.join(unknown)}; {there}")
 
 
 def survey_masks(tiles: Sequence[Tile], config: Config, parallel_map: ParallelMap) -> FilterResult:
@@ -330,8 +340,11 @@ def mark_copies(tiles: Sequence[Tile], drop: bool) -> tuple[list[Tile], list[lis
     return marked, [[marked[i].key for i in places] for places in copies]
 
 
-def propose_split(tiles: Sequence[Tile], test_fraction: float, seed: int) -> list[Tile]:
+def propose_split(tiles: Sequence[Tile], data: Data, seed: int) -> list[Tile]:
     """Propose train or test for all tiles that are not to be dropped."""
     kept = [tile for tile in tiles if not tile.proposed]
-    splits = iter(split_by_group(kept, test_fraction, seed) if kept else [])
+    if data.test_groups:
+        splits = iter(["test" if tile.group in data.test_groups else "train" for tile in kept])
+    else:
+        splits = iter(split_by_group(kept, data.test_fraction, seed) if kept else [])
     return [tile if tile.proposed else replace(tile, proposed=next(splits)) for tile in tiles]

@@ -62,6 +62,19 @@ def test_groups_of_the_pattern_reach_the_list_and_are_not_cut(tmp_path):
         assert sides[0] | sides[1] == {f"s{i}" for i in range(5)} and not sides[0] & sides[1]
 
 
+def test_the_groups_of_the_test_set_can_be_named(tmp_path):
+    write_pairs(tmp_path, 20, slides=5)
+    data = Data(root=str(tmp_path), group=r"^(s\d+)", test_groups=("s3", "s1"))
+    for seed in range(3):
+        tiles = filter_tiles(Config(seed=seed, data=data)).tiles
+        assert {tile.key for tile in tiles if tile.split == "test"} == {
+            tile.key for tile in tiles if tile.group in ("s1", "s3")}
+    with pytest.raises(UserError, match="no tile is of s9; the groups are s0, s1"):
+        filter_tiles(Config(data=replace(data, test_groups=("s1", "s9"))))
+    with pytest.raises(UserError, match="no tile is of s1; no tile has a group: set data.group"):
+        filter_tiles(Config(data=replace(data, test_groups=("s1",), group="")))
+
+
 def test_thresholds_are_those_of_the_config(tmp_path):
     config = planted(tmp_path)
     tiles = filter_tiles(replace(config, filter=Filter(min_foreground=0.005, max_blank=None))).tiles
