@@ -13,17 +13,20 @@ tiles in six ways and trains the network of configs/demo.yaml on each result:
     relabel         and predictions of these models in place of masks that cannot be repaired (filter.relabel)
     clean           all tiles with the clean masks: the ceiling
 
-Prints and writes OUT/repair.md. Everything is kept in OUT; the same command goes on where it was interrupted.
+The first slide is held out of every training. Prints and writes OUT/repair.md, with the share of the gap in Dice
+between `report` and `clean` that each of the others closes. Everything is kept in OUT; the same command goes on where
+it was interrupted, and one with more --seeds adds them.
 """
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +43,7 @@ from common.workers import THREAD_VARIABLES, cores
 from evaluation.candidates import candidate_of_run
 from evaluation.metrics import confusion, dice, mean_present
 from tools.cross_fit import is_complete, part_config
-from tools.filter_accuracy import Kept
+from tools.filter_accuracy import Kept, read_truth
 
 CODE = Path(__file__).parent.parent
 CONFIG = CODE / "configs" / "demo.yaml"
@@ -62,9 +65,13 @@ class Trial:
     overrides: tuple[str, ...]
 
     def settings(self, arm: str) -> list[str]:
-        # a small test fraction leaves most tiles for training; the test tiles here are others
-        return [f"data.root={self.folder / 'data'}", f"data.cache={self.folder / arm}", "data.test_fraction=0.05",
-                *ARMS[arm], f"name={arm.replace(' ', '')}", *self.overrides]
+        # one slide is the least that a list can hold out; the test tiles here are others
+        return [f"data.root={self.folder / 'data'}", f"data.cache={self.folder / arm}",
+                f"data.test_groups=[{self.held_out}]", *ARMS[arm], f"name={arm.replace(' ', '')}", *self.overrides]
+
+    @cached_property
+    def held_out(self) -> str:
+        return min(row["slide"] for row in read_truth(self.folder / "data").values())
 
     def config(self, arm: str) -> Config:
         return load_config(CONFIG, self.settings(arm))
@@ -96,6 +103,22 @@ class Trial:
                                        ["--config", CONFIG, *self.settings(arm), *own]))
 
 
+def reject_other_settings(out: Path, settings: dict) -> None:
+    """Raise a `UserError` if OUT was begun with other settings; remember them if it is new."""
+    path = out / "settings.json"
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if settings[name] != earlier.get(name)]
+        if changed:
+            raise UserError(f"{out}: was begun with {changed[0]} = {earlier.get(changed[0])}, not "
+                            f"{settings[changed[0]]}; use the same, or choose another folder")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: holds other files; choose another folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings, indent=1) + "\n")
+
+
 def at_once(jobs: Sequence[Callable[[], None]], progress: Progress) -> None:
     """Run jobs on all cores, one thread each."""
     with ThreadPoolExecutor(cores()) as pool:
@@ -124,15 +147,18 @@ def test_counts(trial: Trial, arm: str, test: Path) -> tuple[list[str], np.ndarr
     return slides, np.array(counts)
 
 
-def scores(results: Sequence[tuple[list[str], np.ndarray]]) -> tuple[float, float, float]:
-    """Return the mean over seeds of the pooled Dice, averaged over classes, and its 95 % interval over slides."""
-    values, slides = [], 0
-    for seed, (groups, counts) in enumerate(results):
-        pooled = np.tensordot(resampled_weights(groups, seed), counts, 1)            # (1 + R, K, K)
-        values.append(mean_present(dice(pooled)))                                    # (1 + R,)
-        slides += len(set(groups))
-    mean = np.mean(values, axis=0)
-    return float(mean[0]), *interval(mean, slides)
+def scores(results: Sequence[tuple[list[str], np.ndarray]]) -> np.ndarray:
+    """Return the pooled Dice of each seed, averaged over classes, and those of resampled slides: (seeds, 1 + R)."""
+    return np.array([mean_present(dice(np.tensordot(resampled_weights(groups, seed), counts, 1)))
+                     for seed, (groups, counts) in enumerate(results)])
+
+
+def closed(values: dict[str, np.ndarray], arm: str) -> str:
+    """Return the share of the gap in the mean Dice between `report` and `clean` that is closed."""
+    if arm in ("report", "clean"):
+        return ""
+    report, other, clean = (values[name][:, 0].mean() for name in ("report", arm, "clean"))
+    return f"{(other - report) / (clean - report):.0%}" if clean > report else "no gap"
 
 
 def main() -> None:
@@ -144,6 +170,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings than demo.yaml")
     args = parser.parse_intermixed_args()
     options = ["--visible-defects"] if args.visible_defects else []
+    reject_other_settings(args.out, {name: value for name, value in vars(args).items() if name not in (
+        "out", "seeds", "traceback")})
     trials, tests = [], []
     for seed in range(1, args.seeds + 1):
         folder = (args.out / f"seed{seed}").resolve()
@@ -163,21 +191,26 @@ def main() -> None:
     with Progress("filter and train", sum(map(len, work)), "step") as progress:
         for jobs in work:  # each needs those before it
             at_once(jobs, progress)
-    rows = []
+    values, left = {}, {}
     with Progress("score", len(SHOWN) * len(trials), "model") as progress:
         for arm in SHOWN:
-            results, left = [], []
+            results, left[arm] = [], []
             for trial, test in zip(trials, tests, strict=True):
                 results.append(test_counts(trial, arm, test))
-                left.append(Kept.of(trial.folder / "data", trial.config(arm).data))
+                left[arm].append(Kept.of(trial.folder / "data", trial.config(arm).data))
                 progress.advance()
-            means = [np.mean([getattr(one, name) for one in left]) for name in Kept.__annotations__]
-            mean, low, high = scores(results)
-            by_seed = " ".join(f"{scores([result])[0]:.3f}" for result in results)
-            rows.append([arm, *(f"{value:.1%}" for value in means[:2]), f"{means[2]:.2%}", f"{means[3]:.0%}",
-                         f"{mean:.3f} ({low:.3f} to {high:.3f})", by_seed])
+            values[arm] = scores(results)
+    slides = args.test_slides * args.seeds
+    rows = []
+    for arm in SHOWN:
+        means = [np.mean([getattr(one, name) for one in left[arm]]) for name in Kept.__annotations__]
+        mean = values[arm].mean(axis=0)
+        low, high = interval(mean, slides)
+        rows.append([arm, *(f"{value:.1%}" for value in means[:2]), f"{means[2]:.2%}", f"{means[3]:.0%}",
+                     f"{mean[0]:.3f} ({low:.3f} to {high:.3f})", closed(values, arm),
+                     " ".join(f"{value:.3f}" for value in values[arm][:, 0])])
     header = ["masks", "tiles kept", "pixels kept", "wrong pixels", "moved masks dropped", "Dice on clean test masks",
-              "by seed"]
+              "of the gap closed", "by seed"]
     print(table(header, rows))
     write_text(args.out / "repair.md", markdown_table(header, rows) + "\n")
     print(f"\nwrote {args.out / 'repair.md'}")
