@@ -95,8 +95,9 @@ def main() -> None:
     layout = {"root": str(args.out)} | {kind: f"{part}s/{'{group}/' * by_group}{part}#{{key}}.png"
                                         for kind, part in (("images", "frame"), ("masks", "mask"))}
     settings = [f"data.{name}={value}" for name, value in layout.items() if getattr(data, name) != value]
+    others = [one for one in args.overrides if one.partition("=")[0] not in {f"data.{name}" for name in layout}]
     print(f"wrote {args.out}: {len(tiles)} tiles, {sum(row['defect'] != 'none' for row in rows)} with a moved mask\n"
-          f"next:  {command('python', 'data_filter.py', '--config', args.config, *args.overrides, *settings)}")
+          f"next:  {command('python', 'data_filter.py', '--config', args.config, *others, *settings)}")
 
 
 if __name__ == "__main__":
