@@ -31,6 +31,7 @@ from dataset import DROPPED, GIVEN, NEW_MASKS, REPAIRED, SPLITS, Tile, places_by
 from filtering import audit, figures
 from filtering.new_masks import decode
 from filtering.pipeline import FilterResult, describe_palette
+from filtering.registration import Move
 
 SHEET = 24  # tiles on a contact sheet
 SHOWN = 8  # unknown mask values in a line
@@ -275,11 +276,18 @@ def draw(tile: Tile, result: FilterResult, config: Config) -> tuple[str, np.ndar
         lines[1] = f"blank {tile.blank:.1%}  unmarked {tile.unmarked:.1%}"
     moves = audit.certain_moves(tile, config.filter)
     if moves:
-        lines.append(f"off by {abs(moves[0].right):.0f} px {'right' if moves[0].right > 0 else 'left'}, "
-                     f"{abs(moves[0].down):.0f} px {'down' if moves[0].down > 0 else 'up'}, {moves[0].clockwise:.0f}°")
+        lines.append(off_by(moves[0]))
     elif tile.ignored is None and (tile.reason or tile.note):
         lines.append((tile.reason or tile.note)[:40])
     return "\n".join(lines), figures.annotated(image, mask, glass, len(config.data.classes))
+
+
+def off_by(move: Move) -> str:
+    """Say how a mask lies off, without what is less than half a pixel or degree."""
+    right, down, clockwise = (round(value) for value in (move.right, move.down, move.clockwise))
+    parts = [f"{abs(right)} px {'right' if right > 0 else 'left'}" * bool(right),
+             f"{abs(down)} px {'down' if down > 0 else 'up'}" * bool(down), f"{clockwise}°" * bool(clockwise)]
+    return f"off by {', '.join(filter(None, parts)) or 'less than 1 px'}"
 
 
 def write(folder: Path, result: FilterResult, config: Config, changes: Sequence[str], before: Path) -> None:
