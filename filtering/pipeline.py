@@ -140,6 +140,7 @@ def with_model(tiles: Sequence[Tile], in_force: Sequence[Tile], results: dict[in
 
 
 def reject_unknown_groups(tiles: Sequence[Tile], data: Data) -> None:
+    """Raise a `UserError` if data.test_groups names a group without tiles."""
     groups = list(dict.fromkeys(tile.group for tile in tiles if tile.group))
     unknown = [name for name in data.test_groups if name not in groups]
     if unknown:
