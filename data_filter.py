@@ -162,7 +162,9 @@ def warn_about(result: FilterResult, config: Config) -> None:
         if not any(counts):
             warn(f"no pixel of {name} in the tiles that are kept")
         elif not all(counts):
-            warn(f"no pixel of {name} in the {SPLITS[counts.index(0)]} tiles; another seed=N gives another split")
+            warn(f"no pixel of {name} in the {SPLITS[counts.index(0)]} tiles; "
+                 + ("name other slides or patients in data.test_groups" if config.data.test_groups else
+                    "another seed=N gives another split"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,16 +84,21 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder; remove it or choose another")
     target = path.resolve()
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    with writing(path, only_in=partial.parent):
-        try:
-            partial.mkdir(parents=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    with writing(path):
+        partial.mkdir(parents=True)
+    try:
+        with writing(path, only_in=partial):
             yield partial
-            if target.is_dir():
-                target.rmdir()  # Windows does not replace an empty folder
-            partial.replace(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
+        if target.is_dir():
+            target.rmdir()  # Windows does not replace an empty folder
+        partial.replace(target)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be created ({error.strerror}). What was written is in {partial}") from error
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

@@ -24,6 +24,7 @@ TILES_PER_WORKER = 64  # fewer are judged before another process has started
 SHOWN = 8  # codes in a message, if there are more than MOST_LISTED
 MOST_LISTED = 20  # with more codes, masks are taken to be smooth or smeared
 REPAIRABLE = ("misregistered", "unmarked", "shifted", "disputed")
+BY_HAND = "mask made or edited by hand"  # the reason of a tile
 MOST_CODES = 256  # that are kept of one mask: a photograph has many thousands
 
 
@@ -40,6 +41,7 @@ class FilterResult:
     copies: list[list[str]] = field(default_factory=list)  # keys that show the same image
     new_masks: dict[str, bytes] = field(default_factory=dict)  # by key, the files of masks that the filter made
     by_hand: frozenset[str] = frozenset()  # keys of the tiles whose new mask a person made or edited
+    refused: frozenset[str] = frozenset()  # keys of those that are not used, because a person keeps the given mask
 
     @property
     def kept(self) -> list[int]:
@@ -121,7 +123,8 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
             if result.new_mask:
                 new_masks[tiles[i].key] = result.new_mask
     surveyed.pixels[[tile.proposed == "corrupt" for tile in tiles]] = 0
-    return replace(surveyed, tiles=tiles, copies=copies, new_masks=new_masks, by_hand=by_hand - refused)
+    return replace(surveyed, tiles=tiles, copies=copies, new_masks=new_masks, by_hand=by_hand - refused,
+                   refused=by_hand & refused)
 
 
 def with_model(tiles: Sequence[Tile], in_force: Sequence[Tile], results: dict[int, "Audited"]) -> list[Tile]:
@@ -282,7 +285,9 @@ def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
         model = audit.ask_model(probs, labels, limits)
     if mask_by_hand is not None:
         tile = replace(tile, proposed="", mask_from=REPAIRED, ignored=float(np.mean(mask_by_hand == IGNORE)),
-                       reason="mask made or edited by hand", **model)
+                       reason=BY_HAND, **model)
+        if tile.ignored == 1:
+            tile = replace(tile, proposed="unlabelled")
         return Audited(tile, _pixels(mask_by_hand, data))
     judged = judge(tile, image, labels, glass, data, limits, job.refused)
     if not model:
@@ -325,19 +330,25 @@ def _pixels(labels: np.ndarray, data: Data) -> np.ndarray:
 def mark_copies(tiles: Sequence[Tile], drop: bool) -> tuple[list[Tile], list[list[str]]]:
     """Note which tiles show the same image, and return the keys of each such image. Without a digest none is known.
 
-    If `drop`, propose `duplicate` for all but one of those that are kept: the first one with its given mask, if any.
+    The note names the first of them, or the one that stays.
+    If `drop`, propose `duplicate` for all but one of those that are kept. A test tile stays rather than a training
+    tile, then one with a mask made by hand, then one with its given mask, then the first.
     """
+    def rank(i: int) -> tuple[bool, bool, bool]:
+        return marked[i].proposed != "test", not marked[i].reason.startswith(BY_HAND), marked[i].has_new_mask
+
     marked = list(tiles)
     copies = [places for places in places_by_group([tile.digest for tile in tiles])
               if len(places) > 1 and tiles[places[0]].digest]
     for places in copies:
-        for i in places[1:]:
-            note = f"same image as {marked[places[0]].key}"
+        kept = sorted((i for i in places if drop and marked[i].proposed in ("", *SPLITS)), key=rank)
+        for i in kept[1:]:
+            marked[i] = replace(marked[i], proposed="duplicate")
+        first = kept[0] if kept else places[0]
+        for i in (i for i in places if i != first):
+            note = f"same image as {marked[first].key}"
             if note not in marked[i].reason:
                 marked[i] = replace(marked[i], reason="; ".join(filter(None, [marked[i].reason, note])))
-        kept = [i for i in places if drop and marked[i].proposed in ("", *SPLITS)]
-        for i in sorted(kept, key=lambda i: marked[i].has_new_mask)[1:]:
-            marked[i] = replace(marked[i], proposed="duplicate")
     return marked, [[marked[i].key for i in places] for places in copies]
 
 

@@ -26,6 +26,7 @@ from common.masks import IGNORE
 
 COARSE, MIDDLE, FINE = 32, 64, 128  # cells along the shorter side of a tile, about
 ANGLES = np.arange(-30, 31, 5)  # degrees
+MOST_TURN = ANGLES[-1] + (ANGLES[1] - ANGLES[0]) / 2
 CANDIDATES = 3  # moves that are refined
 LEAST_GAIN = 0.05  # share of the criterion in place by which a candidate must be better
 WORST = 2.0  # above every criterion
@@ -227,7 +228,12 @@ def _cost(criterion: Criterion, mask: Mask, move: Move, cells: int) -> float:
 
 
 def fit(criterion: Criterion, mask: Mask, move: Move, cells: int = MIDDLE) -> float:
-    """Return the criterion of a mask that is moved back; WORST if too little of it stays in the tile."""
+    """Return the criterion of a mask that is moved back.
+
+    It is WORST if too little of the mask stays in the tile, or if the rotation lies outside the range of the search.
+    """
+    if abs(move.clockwise) > MOST_TURN:
+        return WORST
     moved = mask.moved_back(move, cells)
     if np.count_nonzero(moved != IGNORE) < MIN_OVERLAP * mask.labelled * moved.size:
         return WORST

@@ -70,10 +70,11 @@ def _without_doubt(given: np.ndarray, labels: np.ndarray, glass: np.ndarray, lim
     doubtful = wide_areas(contradicted(labels, glass, limits), limits.sigma / 2)
     if probs is not None:
         doubtful |= wide_areas(disputed(labels, probs, limits.sure), limits.sigma / 2)
-    return _checked(given, np.where(doubtful, np.uint8(IGNORE), labels), glass, limits, what)
+    return _checked(given, np.where(doubtful, np.uint8(IGNORE), labels), glass, limits, what, probs)
 
 
-def _checked(given: np.ndarray, labels: np.ndarray, glass: np.ndarray | None, limits: Filter, what: str) -> NewMask:
+def _checked(given: np.ndarray, labels: np.ndarray, glass: np.ndarray | None, limits: Filter, what: str,
+             probs: np.ndarray | None = None) -> NewMask:
     """Return the new mask unless too much of it has no class, or the limits would drop it, too."""
     if (labels == given).all():
         return NewMask(None, None, "nothing in the mask can be repaired")
@@ -87,6 +88,9 @@ def _checked(given: np.ndarray, labels: np.ndarray, glass: np.ndarray | None, li
         return NewMask(None, ignored, "a new mask would have too little tissue")
     if glass is not None and _contradicts(labels, glass, limits):
         return NewMask(None, ignored, "a new mask would still contradict the image too much")
+    if glass is not None and probs is not None and reaches(
+            np.count_nonzero(disputed(labels, probs, limits.sure)) / left, limits.max_disagreement):
+        return NewMask(None, ignored, "a new mask would still be disputed too much")
     parts = [what, f"{lost:.1%} ignored" if lost else ""]
     return NewMask(labels, ignored, ", ".join(part for part in parts if part))
 
@@ -99,4 +103,4 @@ def _contradicts(labels: np.ndarray, glass: np.ndarray, limits: Filter) -> bool:
 
 def _describe(move: Move) -> str:
     turned = f", turned by {-move.clockwise:+.1f} degrees" if move.clockwise else ""
-    return f"moved by {-move.right:+.1f}, {-move.down:+.1f} px{turned}"
+    return f"moved by {0 - move.right:+.1f}, {0 - move.down:+.1f} px{turned}"

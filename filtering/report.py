@@ -11,6 +11,7 @@
 """
 
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -106,7 +107,7 @@ def remarks(result: FilterResult) -> list[str]:
     """Return lines on images that have several keys and on tiles of nothing but background, if there are any."""
     groups = {tile.key: tile.group for tile in result.tiles}
     across = sum(len({groups[key] for key in keys}) > 1 for keys in result.copies)
-    empty = sum(result.tiles[i].foreground == 0 for i in result.kept)
+    empty = sum(result.pixels[i, 0] > 0 and not result.pixels[i, 1:].any() for i in result.kept)
     lines = {f"images with several keys: {len(result.copies)}, in several groups: {across}": result.copies,
              f"kept tiles with nothing but background: {empty}": empty}
     return [*(line for line, count in lines.items() if count), *describe_new_masks(result)]
@@ -127,6 +128,10 @@ def describe_new_masks(result: FilterResult) -> list[str]:
     if result.by_hand and any(tile.has_new_mask for tile in result.tiles):
         lines.append(f"masks in {NEW_MASKS}/ that were made or edited by hand and stay as they are: "
                      f"{len(result.by_hand)}, for example {min(result.by_hand)}")
+    if result.refused:
+        lines.append(f"masks in {NEW_MASKS}/ that were made or edited by hand but are not used, because the list keeps "
+                     f"the given mask: {len(result.refused)}, for example {min(result.refused)}. To use one, set "
+                     "mask_from to repaired and split to what is proposed")
     return lines
 
 
@@ -269,8 +274,8 @@ def draw(tile: Tile, result: FilterResult, config: Config) -> tuple[str, np.ndar
     if tile.foreground is not None:
         lines[1] = f"foreground {tile.foreground:.1%}"
     if tile.has_new_mask:
-        moved, turned, _ = tile.reason.partition(": ")[2].partition(" px")
-        lines[1:] = [f"now: {tile.ignored or 0:.1%} ignored", moved + " px" if turned else ""]
+        found = re.search(r"moved by \S+ \S+ px(, turned by \S+ degrees)?", tile.reason)
+        lines[1:] = [f"now: {tile.ignored or 0:.1%} ignored", found[0] if found else ""]
         return "\n".join(lines), figures.annotated(image, mask, glass, len(config.data.classes))
     if tile.blank is not None:
         lines[1] = f"blank {tile.blank:.1%}  unmarked {tile.unmarked:.1%}"

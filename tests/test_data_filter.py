@@ -132,7 +132,9 @@ def test_of_copies_the_first_one_that_the_filter_keeps_stays():
     for drop, expected in ((False, ""), (True, "duplicate")):
         marked, same = mark_copies(tiles, drop)
         assert [tile.proposed for tile in marked] == ["misregistered", "", expected, "unmarked"]
-        assert same == [["0", "1", "2", "3"]] and marked[3].reason == "same image as 0" and not marked[0].reason
+        named = 1 if drop else 0
+        assert same == [["0", "1", "2", "3"]]
+        assert [tile.reason for tile in marked] == ["" if i == named else f"same image as {named}" for i in range(4)]
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -16,11 +16,11 @@ from common.config_files import apply_overrides
 from common.console import UserError
 from common.masks import IGNORE
 from common.store import open_store, read_pair
-from dataset import identity, read_tiles
+from dataset import Tile, identity, read_tiles
 from evaluation.unseen import UnseenTiles
 from filtering import report
 from filtering.new_masks import decode
-from filtering.pipeline import filter_tiles
+from filtering.pipeline import filter_tiles, mark_copies
 from filtering.registration import Move
 from training.training_set import prepare_data
 
@@ -207,10 +207,14 @@ def test_masks_edited_by_hand_are_kept(place, here):
     edit(place, s1_1={"mask_from": "given"})
     out = filtered(here, place, *REPAIR)
     assert rows(place)["s1-1"]["mask_from"] == "given" and "stay as they are: 1, for example s0-3" in out.stdout
+    assert "the list keeps the given mask: 1, for example s1-1" in out.stdout
     edit(place, s1_1={"mask_from": "repaired", "split": rows(place)["s1-1"]["proposed"], "by_hand": ""})
     Image.fromarray(np.full((SIZE, SIZE), 7, np.uint8)).save(new)
     out = filtered(here, place, *REPAIR, code=2)
     assert "s1-1.png: contains 7" in out.stderr
+    Image.fromarray(np.full_like(labels, IGNORE)).save(new)
+    filtered(here, place, *REPAIR)
+    assert rows(place)["s1-1"]["split"] == "unlabelled"
     Image.fromarray(labels[:50]).save(new)
     out = filtered(here, place, *REPAIR, code=2)
     assert "the mask is 50 x 200 pixels" in out.stderr
@@ -239,6 +243,19 @@ def test_of_two_copies_the_one_with_its_given_mask_stays(place, here):
     filtered(here, place, *REPAIR, "filter.drop_duplicates=true")
     found = rows(place)
     assert found["s0-3"]["split"] == "duplicate" and found["s0-9"]["split"] in ("train", "test")
+    assert "same image as s0-9" in found["s0-3"]["reason"]
+    Image.fromarray(labels).save(place / "tiles/repaired/s0-3.png")  # made by hand
+    filtered(here, place, *REPAIR, "filter.drop_duplicates=true")
+    found = rows(place)
+    assert found["s0-9"]["split"] == "duplicate" and found["s0-3"]["split"] in ("train", "test")
+    assert "same image as s0-3" in found["s0-9"]["reason"] and "s0-9" not in found["s0-3"]["reason"]
+
+
+def test_a_copy_that_only_a_model_saves_does_not_push_a_test_tile_out():
+    tiles = [Tile("a", "a", "a", proposed="train", digest="x"), Tile("b", "b", "b", proposed="test", digest="x",
+                                                                      mask_from="repaired")]
+    marked, copies = mark_copies(tiles, drop=True)
+    assert [tile.proposed for tile in marked] == ["duplicate", "test"] and copies == [["a", "b"]]
 
 
 # ---------------------------------------------------------------------------------------------- models

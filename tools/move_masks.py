@@ -33,7 +33,7 @@ def random_move(random: np.random.Generator, shape: tuple[int, int], margin: tup
     """Return a shift, or a rotation after which a tile (h, w) still shows only what lies in its margin."""
     if turn:
         most = largest_angle(shape, margin)
-        return Move(clockwise=round(float(random.uniform(min(8, most / 2), most) * random.choice([-1, 1])), 1))
+        return Move(clockwise=round(float(random.uniform(min(8, most / 2), most) * random.choice([-1, 1])), 1) + 0.0)
     angle, length = random.uniform(0, 2 * np.pi), random.uniform(0.08, 0.16) * min(shape)
     return Move(round(float(length * np.cos(angle))), round(float(length * np.sin(angle))))
 
@@ -78,6 +78,8 @@ def main() -> None:
                 defect = "rotated" if i % (2 * MOVED) == 1 else "shifted"
                 move = random_move(generator(config.seed, 0, i, "move masks"), shape, margin, defect == "rotated")
             clean, given = (moved(labels, one, top, left, shape) for one in (Move(), move))
+            if (given == clean).all():  # of one class, or a few pixels large
+                defect = "none"
             group, name = (tile.group, tile.key.removeprefix(f"{tile.group}-")) if by_group else ("", tile.key)
             for kind, picture in (("frame", Image.fromarray(image[top:top + shape[0], left:left + shape[1]])),
                                   ("mask", label_image(given, data))):
@@ -94,7 +96,8 @@ def main() -> None:
         write_csv(folder / "truth.csv", rows, COLUMNS)
     layout = {"root": str(args.out)} | {kind: f"{part}s/{'{group}/' * by_group}{part}#{{key}}.png"
                                         for kind, part in (("images", "frame"), ("masks", "mask"))}
-    settings = [f"data.{name}={value}" for name, value in layout.items() if getattr(data, name) != value]
+    of_file = load_config(args.config).data
+    settings = [f"data.{name}={value}" for name, value in layout.items() if getattr(of_file, name) != value]
     others = [one for one in args.overrides if one.partition("=")[0] not in {f"data.{name}" for name in layout}]
     print(f"wrote {args.out}: {len(tiles)} tiles, {sum(row['defect'] != 'none' for row in rows)} with a moved mask\n"
           f"next:  {command('python', 'data_filter.py', '--config', args.config, *others, *settings)}")

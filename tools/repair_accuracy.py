@@ -147,6 +147,11 @@ def test_counts(trial: Trial, arm: str, test: Path) -> tuple[list[str], np.ndarr
     return slides, np.array(counts)
 
 
+def score(results: dict[tuple[Trial, str], tuple], trial: Trial, test: Path, arm: str) -> None:
+    """Add what a model gets right on the test tiles, and what the filter left of the training tiles."""
+    results[trial, arm] = test_counts(trial, arm, test), Kept.of(trial.folder / "data", trial.config(arm).data)
+
+
 def scores(results: Sequence[tuple[list[str], np.ndarray]]) -> np.ndarray:
     """Return the pooled Dice of each seed, averaged over classes, and those of resampled slides: (seeds, 1 + R)."""
     return np.array([mean_present(dice(np.tensordot(resampled_weights(groups, seed), counts, 1)))
@@ -191,15 +196,13 @@ def main() -> None:
     with Progress("filter and train", sum(map(len, work)), "step") as progress:
         for jobs in work:  # each needs those before it
             at_once(jobs, progress)
-    values, left = {}, {}
+    torch.set_num_threads(1)  # small networks gain more from several models at once
+    results: dict[tuple[Trial, str], tuple] = {}
     with Progress("score", len(SHOWN) * len(trials), "model") as progress:
-        for arm in SHOWN:
-            results, left[arm] = [], []
-            for trial, test in zip(trials, tests, strict=True):
-                results.append(test_counts(trial, arm, test))
-                left[arm].append(Kept.of(trial.folder / "data", trial.config(arm).data))
-                progress.advance()
-            values[arm] = scores(results)
+        at_once([partial(score, results, *pair, arm) for arm in SHOWN for pair in zip(trials, tests, strict=True)],
+                progress)
+    values = {arm: scores([results[trial, arm][0] for trial in trials]) for arm in SHOWN}
+    left = {arm: [results[trial, arm][1] for trial in trials] for arm in SHOWN}
     slides = args.test_slides * args.seeds
     rows = []
     for arm in SHOWN:

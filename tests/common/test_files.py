@@ -4,12 +4,13 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import REPOSITORY
 
 from common.console import UserError
-from common.files import WriteError, file_name, locked, remove_leftovers, replacing, write_csv
+from common.files import WriteError, file_name, locked, new_folder, remove_leftovers, replacing, write_csv
 
 
 def test_the_old_file_stays_if_the_block_fails(tmp_path):
@@ -102,3 +103,32 @@ def test_a_lock_that_cannot_be_made_names_what_was_to_be_written(tmp_path):
     with (pytest.raises(WriteError, match="tiles.u8: cannot be written"),
           locked(tmp_path / "file/.lock", tmp_path / "tiles.u8", "busy")):
         pytest.fail("there is no such folder")
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep/out"
+    with new_folder(out) as folder:
+        (folder / "a.txt").write_text("a")
+        assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and (out / "a.txt").read_text() == "a"
+    with pytest.raises(UserError, match="exists and is not an empty folder"), new_folder(out):
+        raise AssertionError("not reached")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(KeyboardInterrupt), new_folder(empty) as folder:
+        (folder / "b.txt").write_text("b")
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty"] and not any(empty.iterdir())
+    with new_folder(empty) as folder:
+        (folder / "b.txt").write_text("b")
+    assert (empty / "b.txt").exists()
+
+
+def test_what_was_written_is_kept_if_another_process_was_faster(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="What was written is in ") as error, new_folder(out) as folder:
+        (folder / "a.txt").write_text("mine")
+        out.mkdir()
+        (out / "b.txt").write_text("theirs")
+    assert (out / "b.txt").read_text() == "theirs"
+    assert (Path(str(error.value).rpartition(" in ")[2]) / "a.txt").read_text() == "mine"

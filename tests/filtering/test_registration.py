@@ -83,6 +83,15 @@ def test_ignored_pixels_count_for_nothing():
     assert misregistration(Colours(image[150:450, 150:450], 10.0), given) is None, "too little is left to compare"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_move_leaves_the_range_of_the_search(seed):
+    """Masks of other scenes, which may seem to fit anywhere."""
+    for other in range(10, 16):
+        found, _ = misregistration(Colours(scene(seed, 200)[1], 10.0), scene(other, 200)[0])
+        assert abs(found.clockwise) <= 32.5
+        assert np.hypot(found.right, found.down) < 200
+
+
 def test_plain_tiles_and_masks_have_no_move():
     labels, image = scene(3, 200)
     assert misregistration(Colours(image, 10.0), np.ones((200, 200), np.uint8)) is None
