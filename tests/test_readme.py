@@ -142,6 +142,9 @@ def test_options_exist(parse):
     assert not {(page, option) for page, option in named if option not in known}
 
 
+NEEDED = {"loss.q": "loss.name=gce", "loss.border_as": "loss.border=1"}  # settings that others have no effect without
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_exist(page):
     """The settings in a row of a table belong together; those of the text stand alone."""
@@ -150,6 +153,7 @@ def test_settings_exist(page):
     alone = settings_in("\n".join(line for line in lines if not line.startswith("|")))
     for together in [*rows, *([code] for code in alone)]:
         values = [code for code in together if "=" in code and "..." not in code]
+        values += [needed for name, needed in NEEDED.items() if any(code.startswith(f"{name}=") for code in values)]
         load_config(REPOSITORY / "configs/dice_ce.yaml", values)
         for code in together:
             section, _, name = SETTING.fullmatch(code)[1].partition(".")
