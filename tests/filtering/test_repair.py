@@ -1,6 +1,7 @@
 """filtering/repair.py and filtering/new_masks.py: which pixels keep a class, and whose files are kept."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,7 +84,31 @@ def test_a_mask_that_would_still_be_dropped_is_no_repair(tile):
     given = truth.copy()
     given[::3][glass[::3]] = 1
     new = repair(image, given, glass, [], Filter(sigma=6.0, max_blank=0.05))
-    assert new.labels is None and ("still" in new.what or "nothing" in new.what)
+    assert new.labels is None and new.what == "nothing in the mask can be repaired"
+    given[:80] = np.where(glass[:80], 1, truth[:80])  # wide enough to be taken out
+    new = repair(image, given, glass, [], Filter(sigma=6.0, max_blank=0.05))
+    assert new.labels is None and new.what == "a new mask would still contradict the image too much"
+    assert repair(image, given, glass, [], Filter(sigma=6.0, max_blank=0.6)).labels is not None
+
+
+def test_a_mask_that_a_model_would_still_dispute_is_no_repair(tile):
+    image, truth, glass, _ = tile
+    said = truth.copy()
+    said[::3] = (said[::3] + 1) % 3  # too narrow to be taken out
+    said[:80] = (truth[:80] + 1) % 3
+    probs = np.eye(3, dtype=np.float32)[said]
+    limits = Filter(sigma=6.0, max_blank=None, max_disagreement=0.1)
+    new = repair(image, truth, glass, [], limits, probs)
+    assert new.labels is None and new.what == "a new mask would still be disputed too much"
+    assert repair(image, truth, glass, [], replace(limits, max_disagreement=0.5), probs).labels is not None
+
+
+def test_a_prediction_gives_no_class_to_ignored_pixels(tile):
+    _, truth, _, given = tile
+    given = given.copy()
+    given[:30] = IGNORE
+    new = relabel(given, np.eye(3, dtype=np.float32)[truth], Filter())
+    assert (new.labels[:30] == IGNORE).all() and (new.labels[30:] == truth[30:]).all()
 
 
 def test_a_mask_that_lies_off_but_fits_nowhere_is_no_repair(tile):
