@@ -79,7 +79,8 @@ def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str] = ()) -> 
 def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder, which becomes `path` if the block succeeds, and is removed if it fails.
 
-    Raise a `UserError` if `path` exists, unless it is an empty folder.
+    Raise a `UserError` if `path` exists, unless it is an empty folder. If it is filled while the block runs, the error
+    says where the new files are.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder; remove it or choose another")

@@ -330,9 +330,9 @@ def _pixels(labels: np.ndarray, data: Data) -> np.ndarray:
 def mark_copies(tiles: Sequence[Tile], drop: bool) -> tuple[list[Tile], list[list[str]]]:
     """Note which tiles show the same image, and return the keys of each such image. Without a digest none is known.
 
-    The note names the first of them, or the one that stays.
     If `drop`, propose `duplicate` for all but one of those that are kept. A test tile stays rather than a training
-    tile, then one with a mask made by hand, then one with its given mask, then the first.
+    tile, then one with a mask made by hand, then one with its given mask, then the first. The notes name the one that
+    stays, else the first.
     """
     def rank(i: int) -> tuple[bool, bool, bool]:
         return marked[i].proposed != "test", not marked[i].reason.startswith(BY_HAND), marked[i].has_new_mask

@@ -26,13 +26,13 @@ from common.masks import IGNORE
 
 COARSE, MIDDLE, FINE = 32, 64, 128  # cells along the shorter side of a tile, about
 ANGLES = np.arange(-30, 31, 5)  # degrees
-MOST_TURN = ANGLES[-1] + (ANGLES[1] - ANGLES[0]) / 2
+MOST_TURN = ANGLES[-1] + (ANGLES[1] - ANGLES[0]) / 2  # degrees, after the refinement
 CANDIDATES = 3  # moves that are refined
 LEAST_GAIN = 0.05  # share of the criterion in place by which a candidate must be better
 WORST = 2.0  # above every criterion
 LEAST_LABELLED = 0.5  # share of a tile; a small part of a mask may seem to fit anywhere
 MIN_OVERLAP = 0.65  # share of the labelled pixels that must still lie in the tile
-FARTHEST = 1 - MIN_OVERLAP  # share of each side by which a mask is shifted
+FARTHEST = 1 - MIN_OVERLAP  # share of each side by which the coarse search shifts a mask
 SHIFT_PENALTY = 0.05  # by how much a shift across the whole tile must fit better than none
 TURN_PENALTY = 0.05  # the same for a rotation by 30 degrees
 LEAST_VARIANCE = 1e-3  # of the whole tile's; an overlap with less says nothing
@@ -169,11 +169,11 @@ def search(criterion: Criterion, shares: np.ndarray, classes: Sequence[int],
     costs = np.where(allowed, values + penalty(length, ANGLES[:, None, None]), np.inf).reshape(len(ANGLES), -1)
     found = []
     for i, (angle, best) in enumerate(zip(ANGLES, costs.argmin(1), strict=True)):
-        down, right = np.unravel_index(best, length.shape)
+        row, column = np.unravel_index(best, length.shape)
         turn = Move(clockwise=float(angle))
-        down, right = -turn.matrix @ (y[down, 0], x[0, right]) * cell  # this step moves the turned mask back
+        down, right = -turn.matrix @ (y[row, 0], x[0, column]) * cell  # this step moves the turned mask back
         found.append((costs[i, best], values[i].flat[best], Move(right, down, turn.clockwise)))
-    in_place = float(values[np.flatnonzero(ANGLES == 0)[0], 0, 0])
+    in_place = values[ANGLES == 0, 0, 0].item()
     chosen: list[tuple[float, Move]] = []
     for _, value, move in sorted(found, key=lambda one: one[0]):
         if len(chosen) < CANDIDATES and all(_are_apart(move, other, cell) for _, other in chosen):

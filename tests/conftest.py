@@ -34,15 +34,17 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory):
-    """Return what builds a folder of a name, or returns the one that another process of pytest-xdist has built."""
+    """Return a function that builds the folder of a name, unless this or another process of the run has built it."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
     def build(name, fill):
         with FileLock(root / f"{name}.lock"):
-            folder = root / name
+            folder, partial = root / name, root / f"{name}.partial"
             if not folder.exists():
-                fill(folder)
+                shutil.rmtree(partial, ignore_errors=True)  # of a try that failed
+                fill(partial)
+                partial.rename(folder)
         return folder
     return build
 

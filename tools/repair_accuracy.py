@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,12 +120,14 @@ def reject_other_settings(out: Path, settings: dict) -> None:
         write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
-def at_once(jobs: Sequence[Callable[[], None]], progress: Progress) -> None:
-    """Run jobs on all cores, one thread each."""
+def at_once(jobs: Sequence[Callable[[], Any]], progress: Progress) -> list:
+    """Run jobs on all cores, one thread each, and return their results in order."""
+    results = []
     with ThreadPoolExecutor(cores()) as pool:
         for done in [pool.submit(job) for job in jobs]:
-            done.result()
+            results.append(done.result())
             progress.advance()
+    return results
 
 
 def make_tiles(folder: Path, tiles: int, slides: int, seed: int, *options: str) -> None:
@@ -147,9 +150,9 @@ def test_counts(trial: Trial, arm: str, test: Path) -> tuple[list[str], np.ndarr
     return slides, np.array(counts)
 
 
-def score(results: dict[tuple[Trial, str], tuple], trial: Trial, test: Path, arm: str) -> None:
-    """Add what a model gets right on the test tiles, and what the filter left of the training tiles."""
-    results[trial, arm] = test_counts(trial, arm, test), Kept.of(trial.folder / "data", trial.config(arm).data)
+def score(trial: Trial, test: Path, arm: str) -> tuple[tuple[list[str], np.ndarray], Kept]:
+    """Return the `test_counts` of a model, and what the filter left of the training tiles."""
+    return test_counts(trial, arm, test), Kept.of(trial.folder / "data", trial.config(arm).data)
 
 
 def scores(results: Sequence[tuple[list[str], np.ndarray]]) -> np.ndarray:
@@ -196,15 +199,14 @@ def main() -> None:
     with Progress("filter and train", sum(map(len, work)), "step") as progress:
         for jobs in work:  # each needs those before it
             at_once(jobs, progress)
-    torch.set_num_threads(1)  # small networks gain more from several models at once
-    results: dict[tuple[Trial, str], tuple] = {}
+    torch.set_num_threads(1)
+    values, left = {}, {}
     with Progress("score", len(SHOWN) * len(trials), "model") as progress:
-        at_once([partial(score, results, *pair, arm) for arm in SHOWN for pair in zip(trials, tests, strict=True)],
-                progress)
-    values = {arm: scores([results[trial, arm][0] for trial in trials]) for arm in SHOWN}
-    left = {arm: [results[trial, arm][1] for trial in trials] for arm in SHOWN}
-    slides = args.test_slides * args.seeds
-    rows = []
+        for arm in SHOWN:
+            results = at_once([partial(score, *pair, arm) for pair in zip(trials, tests, strict=True)], progress)
+            counts, left[arm] = zip(*results, strict=True)
+            values[arm] = scores(counts)
+    slides, rows = args.test_slides * args.seeds, []
     for arm in SHOWN:
         means = [np.mean([getattr(one, name) for one in left[arm]]) for name in Kept.__annotations__]
         mean = values[arm].mean(axis=0)
