@@ -146,6 +146,10 @@ def warn_about(result: FilterResult, config: Config) -> None:
     if result.by_hand and not config.filter.makes_masks:
         warn(f"masks in {NEW_MASKS}/ that were made or edited by hand are not used without filter.repair=true: "
              f"{len(result.by_hand)}, for example {min(result.by_hand)}")
+    strange = new_masks.without_tile(result.tiles, config.data)
+    if strange:
+        warn(f"{NEW_MASKS}/ holds pictures that are the mask of no tile: {len(strange)}, for example {strange[0]}. "
+             f"Name a mask KEY.png, with the key of its tile in {TILE_LIST}")
     splits = {tile.key: tile.split for tile in result.tiles}
     kept_keys = [[key for key in keys if splits[key] in SPLITS] for keys in result.copies]
     copies = [keys for keys in kept_keys if len(keys) > 1]

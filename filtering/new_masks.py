@@ -18,6 +18,7 @@ from common.console import UserError
 from common.files import replacing, write_text, writing
 from common.masks import IGNORE
 from common.palette import IGNORED, class_colours, rgb
+from common.patterns import SUFFIXES
 from dataset import NEW_MASKS, WRITTEN, Tile
 
 
@@ -42,6 +43,15 @@ def made_by_hand(tiles: Sequence[Tile], data: Data) -> set[str]:
     written = _read_manifest(folder)
     keys = {f"{tile.key}.png": tile.key for tile in tiles}
     return {keys[path.name] for path in folder.iterdir() if path.name in keys and not _is_ours(path, written)}
+
+
+def without_tile(tiles: Sequence[Tile], data: Data) -> list[str]:
+    """Return the names of the pictures in the folder that are the mask of no tile."""
+    folder = data.list_folder / NEW_MASKS
+    known = {f"{tile.key}.png" for tile in tiles}
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name for name in names
+                  if name not in known and name[0] != "." and Path(name).suffix.lower() in SUFFIXES)
 
 
 def decode(contents: bytes) -> np.ndarray:
@@ -84,7 +94,9 @@ def remove_others(masks: Mapping[str, bytes], data: Data) -> None:
         if path.is_file() and _is_ours(path, written):
             with writing(path):
                 path.unlink()
-    _write_manifest(folder, {f"{key}.png": [hashlib.sha256(contents).hexdigest()] for key, contents in masks.items()})
+    edited = {name: digests for name, digests in written.items() if (folder / name).is_file()}
+    ours = {f"{key}.png": [hashlib.sha256(contents).hexdigest()] for key, contents in masks.items()}
+    _write_manifest(folder, edited | ours)
 
 
 def _is_ours(path: Path, written: Mapping[str, list[str]]) -> bool:

@@ -1,5 +1,6 @@
 """Run all tiles of a folder through the filter: check the masks, measure the images, split what is kept."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -300,7 +301,8 @@ def _read_mask_by_hand(tile: Tile, data: Data) -> np.ndarray:
     try:
         return read_pair(replace(tile, mask_from=REPAIRED).pair, data)[1]
     except UserError as error:
-        raise UserError(f"{str(error).partition('; fix')[0]}. A mask in {NEW_MASKS}/ is grey or has a palette, and "
+        problem = re.split("; fix|, but data", str(error))[0]  # what data.* say is about given masks
+        raise UserError(f"{problem}. A mask in {NEW_MASKS}/ is grey or has a palette, and "
                         f"holds the index of a class, 0 to {len(data.classes) - 1}, or 255 for none: fix it, or delete "
                         "it to get the filter's") from None
 

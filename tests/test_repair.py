@@ -203,7 +203,7 @@ def test_masks_edited_by_hand_are_kept(place, here):
             assert found[key]["mask_from"] == "repaired" and found[key]["split"] in ("train", "test")
             assert "by hand" in found[key]["reason"]
             assert float(found[key]["ignored"]) == pytest.approx((labels == IGNORE).mean())
-        assert "made or edited by hand and stay as they are: 2" in out.stdout
+        assert "made or edited by hand and stay as they are: 2" in out.stdout and "of no tile" not in out.stderr
     edit(place, s1_1={"mask_from": "given"})
     out = filtered(here, place, *REPAIR)
     assert rows(place)["s1-1"]["mask_from"] == "given" and "stay as they are: 1, for example s0-3" in out.stdout
@@ -211,7 +211,8 @@ def test_masks_edited_by_hand_are_kept(place, here):
     edit(place, s1_1={"mask_from": "repaired", "split": rows(place)["s1-1"]["proposed"], "by_hand": ""})
     Image.fromarray(np.full((SIZE, SIZE), 7, np.uint8)).save(new)
     out = filtered(here, place, *REPAIR, code=2)
-    assert "s1-1.png: contains 7" in out.stderr
+    assert "s1-1.png: contains 7" in out.stderr and "0 to 2, or 255 for none" in out.stderr
+    assert "mask_values" not in out.stderr
     Image.fromarray(np.full_like(labels, IGNORE)).save(new)
     filtered(here, place, *REPAIR)
     assert rows(place)["s1-1"]["split"] == "unlabelled"

@@ -5,11 +5,13 @@ import pytest
 from helpers import moved_mask, scene
 from scipy.ndimage import affine_transform, gaussian_filter
 
+from common.config import Filter
 from common.masks import IGNORE
 from filtering import registration
 from filtering.registration import COARSE, FINE, MIDDLE, Colours, Move, Predictions, misregistration
 
-MOVES = [Move(30, 0, 0), Move(0, -25.5, 0), Move(-40, 20, 0), Move(0, 0, 12), Move(10, -15, -20), Move(55, 60, 5)]
+MOVES = [Move(30, 0, 0), Move(0, -25.5, 0), Move(-40, 20, 0), Move(0, 0, 12), Move(10, -15, -20), Move(55, 60, 5),
+         Move(5, -8, 28)]
 
 
 def error(found, move, shape):
@@ -70,6 +72,60 @@ def test_fractions_of_pixels_are_found(down, right):
     given = labels[150 - down:750 - down:2, 150 - right:750 - right:2]
     found, _ = misregistration(Colours(image[150:750:2, 150:750:2], 5.0), given)
     assert found.down == pytest.approx(down / 2, abs=0.45) and found.right == pytest.approx(right / 2, abs=0.45)
+
+
+def test_the_last_search_is_a_fine_one():
+    random, errors = np.random.default_rng(3), []
+    for seed in range(20, 27):
+        (labels, _), move = scene(seed), Move(*random.uniform((-40, -40, -15), (40, 40, 15)).round(1))
+        probs = gaussian_filter(np.eye(3, dtype=np.float32)[labels], (3, 3, 0))[150:450, 140:460]
+        found, _ = misregistration(Predictions(probs), moved_mask(labels, move, (150, 140, 300, 320)))
+        errors.append(error(found, move, (300, 320)))
+    assert np.median(errors) < 0.6
+
+
+@pytest.mark.parametrize("seed", range(30, 34))
+def test_a_mask_that_fits_but_for_two_pixels_has_no_certain_move(seed):
+    labels, _ = scene(seed, 300)
+    probs = gaussian_filter(np.eye(3, dtype=np.float32)[np.roll(labels, 2, 1)], (2, 2, 0))
+    assert misregistration(Predictions(probs), labels)[1] < Filter().min_confidence
+
+
+class Valleys:
+    """A criterion that is 1 but at some shifts (down, right) in cells, for maps that are turned by some angles."""
+
+    def __init__(self, found):
+        self.found = found  # {(angle, down, right): value}
+
+    def of_shifts(self, shares, classes):
+        shape = (len(registration.ANGLES), 40, 40)
+        values = np.ones(shape)
+        for (angle, down, right), value in self.found.items():
+            values[registration.ANGLES.tolist().index(angle), down, right] = value
+        return values, np.full(shape, shares[:, 0].sum())
+
+
+def chosen(found):
+    shares = np.ones((30, 30, 2)) / 2
+    return registration.search(Valleys(found), shares, [0, 1], 4)
+
+
+def test_of_moves_that_fit_about_as_well_the_nearest_is_chosen():
+    """A shift across the whole tile or a rotation by 30 degrees must fit better by 0.05."""
+    for far, near in (((0, 0, 9), (0, 0, -2)), ((0, -8, 0), (0, 1, 0)), ((25, 0, 0), (-5, 0, 0))):
+        for gain, expected in ((0.005, near), (0.05, far)):
+            _, found = chosen({far: 0.5 - gain, near: 0.5})
+            angle, down, right = expected
+            value, move = found[0]
+            assert value == (0.5 if expected == near else 0.5 - gain) and move.clockwise == angle
+            assert np.hypot(move.right, move.down) == pytest.approx(4 * np.hypot(down, right))
+
+
+def test_one_move_of_each_neighbourhood_is_refined():
+    in_place, found = chosen({(0, 0, 0): 0.9, (0, 2, 0): 0.5, (5, 2, 0): 0.51, (20, 0, 0): 0.6, (-20, 0, 1): 0.7,
+                                    (30, 3, 3): 0.8})
+    assert in_place == 0.9 and [value for value, _ in found] == [0.5, 0.6, 0.7]
+    assert found[0][1] == Move(0, -8, 0), "the mask lies too high, since it fits when it is moved down"
 
 
 def test_ignored_pixels_count_for_nothing():

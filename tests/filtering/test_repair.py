@@ -41,8 +41,22 @@ def test_a_move_after_which_the_mask_fits_worse_does_not_count(tile):
     image, _truth, glass, given = tile
     assert (repair(image, given, glass, [Move(-60, 40, 0), MOVE], LIMITS).labels
             == repair(image, given, glass, [MOVE], LIMITS).labels).all()
-    in_place = repair(image, given, glass, [Move(-60, 40, 0)], LIMITS)
-    assert "moved" not in in_place.what
+    only_colours = Filter(sigma=6.0, max_blank=None)
+    assert repair(image, given, glass, [Move(-60, 40, 0)], only_colours).what == "nothing in the mask can be repaired"
+    assert "moved by -30.0" in repair(image, given, glass, [Move(-60, 40, 0), MOVE], only_colours).what
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(10, "moved by"), (90, "still lie off")])
+def test_a_move_after_which_the_mask_contradicts_the_glass_does_not_count(tile, rows, expected):
+    """The colours are explained by any classes; that glass is tissue in some rows changes little for them."""
+    image, truth, glass, given = tile
+    wrong = truth.copy()
+    wrong[-rows:] = np.where(glass[-rows:], 1, truth[-rows:])
+    y, x = np.mgrid[:300, :300]
+    place = np.rint(MOVE.of_points(np.stack([y, x], -1), (300, 300))).astype(int)
+    inside = ((place >= 0) & (place < 300)).all(-1)
+    given[tuple(place[inside].T)] = wrong[inside]
+    assert expected in repair(image, given, glass, [MOVE], Filter(sigma=6.0, max_ignored=1.0, max_shift=20.0)).what
 
 
 def test_areas_that_contradict_the_image_lose_their_class(tile):
@@ -87,7 +101,7 @@ def test_a_mask_that_would_still_be_dropped_is_no_repair(tile):
     assert new.labels is None and new.what == "nothing in the mask can be repaired"
     given[:80] = np.where(glass[:80], 1, truth[:80])  # wide enough to be taken out
     new = repair(image, given, glass, [], Filter(sigma=6.0, max_blank=0.05))
-    assert new.labels is None and new.what == "a new mask would still contradict the image too much"
+    assert new.labels is None and new.what == "a new mask would still say tissue where the image shows glass"
     assert repair(image, given, glass, [], Filter(sigma=6.0, max_blank=0.6)).labels is not None
 
 
@@ -99,7 +113,7 @@ def test_a_mask_that_a_model_would_still_dispute_is_no_repair(tile):
     probs = np.eye(3, dtype=np.float32)[said]
     limits = Filter(sigma=6.0, max_blank=None, max_disagreement=0.1)
     new = repair(image, truth, glass, [], limits, probs)
-    assert new.labels is None and new.what == "a new mask would still be disputed too much"
+    assert new.labels is None and new.what == "a new mask would still be disputed"
     assert repair(image, truth, glass, [], replace(limits, max_disagreement=0.5), probs).labels is not None
 
 
@@ -112,9 +126,35 @@ def test_a_prediction_gives_no_class_to_ignored_pixels(tile):
 
 
 def test_a_mask_that_lies_off_but_fits_nowhere_is_no_repair(tile):
-    image, truth, _, _ = tile
-    new = repair(image, truth, truth == 0, [Move(-60, 40, 0)], Filter(sigma=6.0, max_shift=20.0))
-    assert new.labels is None and "fits nowhere" in new.what
+    image, _, glass, given = tile
+    new = repair(image, given, glass, [Move(-60, 40, 0)], Filter(sigma=6.0, max_shift=20.0))
+    assert new.labels is None and new.what == "a new mask would still lie off" and 0.1 < new.ignored < 0.3
+
+
+def test_left_out_tissue_that_looks_like_a_move_loses_its_class(tile):
+    image, truth, glass, _ = tile
+    given = truth.copy()
+    given[150:] = 0
+    new = repair(image, given, glass, [Move(-60, 40, 0)], Filter(sigma=6.0, max_shift=20.0, max_unmarked=0.05))
+    kept = new.labels != IGNORE
+    assert (new.labels[kept] == truth[kept]).all() and 0.7 < kept.mean() < 0.9
+
+
+def test_a_mask_in_place_is_not_said_to_move_when_little_of_it_is_left(tile, monkeypatch):
+    image, truth, glass, _ = tile
+    given = truth.copy()
+    given[:90] = np.where(glass[:90], 1, 0)
+    found = {"blank": 0.0, "unmarked": 0.0, "shift": 50.0, "confidence": 0.9}
+    monkeypatch.setattr("filtering.repair.measure_tile", lambda *args: dict(found))
+    limits = replace(LIMITS, max_shift=20.0)
+    assert repair(image, given, glass, [], limits).labels is not None
+    assert repair(image, given, glass, [Move(-60, 40, 0)], limits).what == "a new mask would still lie off"
+
+
+def test_a_mask_without_a_class_is_none(tile):
+    _, _, _, given = tile
+    new = relabel(given, np.full((300, 300, 3), 1 / 3, np.float32), Filter(max_ignored=1.0))
+    assert new.labels is None and new.what == "a new mask would have no labelled pixel" and new.ignored == 1
 
 
 def test_pixels_without_a_class_are_not_counted_as_lost(tile):
@@ -155,7 +195,9 @@ def test_wide_areas_have_room_for_a_disc():
     pixels[10:14, :], pixels[30:50, 20:50] = True, True  # a thin line and a block
     found = wide_areas(pixels, 5)
     assert not found[11, 70] and found[30:50, 20:50].all() and not found[:18].any()
-    assert found[40, 56] and not found[40, 61]  # a rim
+    assert found[40, 59] and not found[40, 60]  # a rim of 10 pixels
+    band = np.arange(60)[:, None] < np.full(80, 8)[None]
+    assert wide_areas(band, 5)[:8].all(), "it goes on outside the tile"
     assert not wide_areas(np.zeros((9, 9), bool), 5).any() and wide_areas(np.ones((40, 40), bool), 5).all()
 
 
@@ -211,6 +253,26 @@ def test_files_of_a_person_are_recognised_and_kept(tmp_path, masks):
     assert sorted(path.name for path in (tmp_path / "repaired").glob("*.png")) == ["a.png", "c.png"]
     assert (read_mask(tmp_path / "repaired/a.png", data.of_new_masks) == edited).all()
     assert new_masks.made_by_hand(TILES, data) == {"a", "c"}
+    (tmp_path / "repaired/a.png").write_bytes(new_masks.encode(masks["a"], 3))
+    assert new_masks.made_by_hand(TILES, data) == {"c"}, "the filter's own file is back"
+
+
+def test_an_edit_during_a_run_is_kept(tmp_path, masks):
+    """The tile was judged while its new mask was the filter's."""
+    data, path = Data(root=str(tmp_path)), tmp_path / "repaired/a.png"
+    new_masks.write(files_of({"a": masks["a"]}), data)
+    path.write_bytes(new_masks.encode(masks["c"], 3))
+    new_masks.write(files_of({"a": masks["b"]}), data)
+    assert (read_mask(path, data.of_new_masks) == masks["c"]).all()
+
+
+def test_pictures_that_belong_to_no_tile_are_told(tmp_path, masks):
+    data = Data(root=str(tmp_path))
+    assert new_masks.without_tile(TILES, data) == []
+    new_masks.write(files_of(masks), data)
+    for name in ("mask#a.png", "b.tif", "b.txt", "._a.png", "old.png"):
+        (tmp_path / "repaired" / name).touch()
+    assert new_masks.without_tile(TILES, data) == ["b.tif", "mask#a.png", "old.png"]
 
 
 def test_a_killed_run_leaves_no_file_that_passes_for_a_persons(tmp_path, masks, monkeypatch):
