@@ -274,25 +274,26 @@ def draw(tile: Tile, result: FilterResult, config: Config) -> tuple[str, np.ndar
     if tile.foreground is not None:
         lines[1] = f"foreground {tile.foreground:.1%}"
     if tile.has_new_mask:
-        found = re.search(r"moved by \S+ \S+ px(, turned by \S+ degrees)?", tile.reason)
-        lines[1:] = [f"now: {tile.ignored or 0:.1%} ignored", found[0] if found else ""]
+        found = re.search(r"moved by (\S+), (\S+) px(?:, turned by (\S+) degrees)?", tile.reason)
+        lines[1:] = [f"now: {tile.ignored or 0:.1%} ignored",
+                     f"moved {in_words(Move(*(float(value or 0) for value in found.groups())))}" if found else ""]
         return "\n".join(lines), figures.annotated(image, mask, glass, len(config.data.classes))
     if tile.blank is not None:
         lines[1] = f"blank {tile.blank:.1%}  unmarked {tile.unmarked:.1%}"
     moves = audit.certain_moves(tile, config.filter)
     if moves:
-        lines.append(off_by(moves[0]))
+        lines.append(f"off by {in_words(moves[0])}")
     elif tile.ignored is None and (tile.reason or tile.note):
         lines.append((tile.reason or tile.note)[:40])
     return "\n".join(lines), figures.annotated(image, mask, glass, len(config.data.classes))
 
 
-def off_by(move: Move) -> str:
-    """Say how a mask lies off, without what is less than half a pixel or degree."""
+def in_words(move: Move) -> str:
+    """Describe a move without what is less than half a pixel or degree."""
     right, down, clockwise = (round(value) for value in (move.right, move.down, move.clockwise))
     parts = [f"{abs(right)} px {'right' if right > 0 else 'left'}" * bool(right),
              f"{abs(down)} px {'down' if down > 0 else 'up'}" * bool(down), f"{clockwise}°" * bool(clockwise)]
-    return f"off by {', '.join(filter(None, parts)) or 'less than 1 px'}"
+    return ", ".join(filter(None, parts)) or "less than 1 px"
 
 
 def write(folder: Path, result: FilterResult, config: Config, changes: Sequence[str], before: Path) -> None:

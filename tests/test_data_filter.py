@@ -18,7 +18,7 @@ from dataset import SPLITS, Tile, read_list, write_tiles
 from filtering import pipeline
 from filtering.pipeline import FilterResult, filter_tiles, mark_copies
 from filtering.registration import Move
-from filtering.report import nearness, off_by, remarks, sheets, verdicts
+from filtering.report import in_words, nearness, remarks, sheets, verdicts
 
 
 def planted(root):
@@ -80,7 +80,7 @@ def test_the_groups_of_the_test_set_can_be_named(tmp_path):
     (Move(41, -64.2, -0.3), "41 px right, 64 px up"), (Move(-79, 10, 1), "79 px left, 10 px down, 1°"),
     (Move(0.2, 0, -21), "-21°"), (Move(0.3, 0.1), "less than 1 px")])
 def test_how_a_mask_lies_off_is_said_without_zeros(move, text):
-    assert off_by(move) == f"off by {text}"
+    assert in_words(move) == text
 
 
 def test_thresholds_are_those_of_the_config(tmp_path):

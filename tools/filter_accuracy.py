@@ -10,7 +10,7 @@ DATA/filter_accuracy/accuracy.md, and draws precision and recall over each thres
 Precision: of the tiles that a rule drops, the share that has a defect it is to find. Recall: of the tiles with such a
 defect, the share that it drops. The 1 % rule is to find `empty` tiles, the other rules the defects of masks. A tile to
 which filter.repair gave a new mask counts as dropped by its rule. A defect can be `seen` if at least 2 % of the mask's
-pixels are wrong about what is background.
+pixels are wrong about what is background. Errors of moves are given for masks in place (`none`), too.
 """
 
 import csv
@@ -147,6 +147,9 @@ def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[s
     """Return title, header and rows of each table."""
     counts = {defect: Counter(verdict(one.tile, limits) or "kept" for one in planted if one.defect == defect)
               for defect in ("none", *DEFECTS)}
+    sources = {"image": ""}
+    if any(one.tile.model_confidence is not None for one in planted):
+        sources["model"] = "model_"
     names = ["kept", "sparse", "misregistered", "unmarked", "shifted"]
     caught = []
     for defect in OF_MASKS:
@@ -172,24 +175,30 @@ def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[s
              [[defect, str(count.total()), *(str(count[name]) for name in names)] for defect, count in counts.items()]),
             ("Precision and recall", ["rule", "drops", "precision", "recall"], found),
             ("What is left", ["rules", "tiles", "with a defect", "wrong pixels"], wrong),
-            ("Measured moves", ["defect", "tiles", "certain", "median error", "largest error"],
-             [[defect, *_errors_of_moves([one for one in planted if one.defect == defect], limits)]
-              for defect in ("shifted", "rotated")])]
+            ("Measured moves", ["by", "defect", "tiles", "certain", "median error", "largest error"],
+             [[by, defect, *_errors_of_moves([one for one in planted if one.defect == defect], limits, prefix)]
+              for by, prefix in sources.items()
+              for defect in ("shifted", "rotated", "none")])]
 
 
 def _share(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.1%}"
 
 
-def _errors_of_moves(planted: Sequence[Planted], limits: Filter) -> list[str]:
-    """Return the tiles, those with a certain move, and how far off this puts a point, on average over a mask."""
+def _errors_of_moves(planted: Sequence[Planted], limits: Filter, prefix: str) -> list[str]:
+    """Return the tiles, those with a certain move, and how far off this puts a point, on average over a mask.
+
+    The columns of the measurements begin with `prefix`.
+    """
     errors = []
     for one in planted:
-        tile = one.tile
-        if tile.shift is not None and tile.confidence >= limits.min_confidence:
+        right, down, angle, confidence = (getattr(one.tile, f"{prefix}{name}")
+                                          for name in ("shift_x", "shift_y", "angle", "confidence"))
+        if confidence is not None and confidence >= limits.min_confidence:
             points = np.stack(np.meshgrid(*(np.linspace(0, side - 1, 9) for side in one.shape), indexing="ij"), -1)
-            found = Move(tile.shift_x, tile.shift_y, tile.angle).of_points(points, one.shape)
-            errors.append(np.linalg.norm(found - one.move.of_points(points, one.shape), axis=-1).mean())
+            found = Move(right, down, angle).of_points(points, one.shape)
+            true = (one.move or Move()).of_points(points, one.shape)
+            errors.append(np.linalg.norm(found - true, axis=-1).mean())
     shown = [f"{np.median(errors):.1f} px", f"{max(errors):.1f} px"] if errors else ["-", "-"]
     return [str(len(planted)), str(len(errors)), *shown]
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import REPOSITORY
@@ -51,7 +53,9 @@ def test_tables_count_every_tile_once():
     planted, limits = some_tiles(), Filter(max_unmarked=0.05, max_shift=30.0)
     contents = {title: rows for title, _, rows in tables(planted, limits)}
     assert sum(int(cell) for row in contents["Verdict by planted defect"] for cell in row[2:]) == len(planted)
-    assert contents["Measured moves"][0][3:] == ["5.0 px", "5.0 px"]
+    moves = contents["Measured moves"]
+    assert [row[:2] for row in moves] == [["image", "shifted"], ["image", "rotated"], ["image", "none"]]
+    assert moves[0][4:] == ["5.0 px", "5.0 px"]
     seen = contents["Defects that can be seen, and others"]
     expected = sum(one.defect in OF_MASKS and one.tile.foreground > 0 for one in planted)
     assert len(seen) == 2 * len(OF_MASKS) and sum(int(row[1]) for row in seen) == expected
@@ -62,6 +66,17 @@ def test_tables_count_every_tile_once():
     assert by_name["rotated, unseen"][3] == f"{np.mean([one.wrong for one in chosen if one not in found]):.2%}"
     left = {row[0]: int(row[1]) for row in contents["What is left"]}
     assert left[ALL] < left[REPORT] < len(planted)
+
+
+def test_moves_by_a_model_are_compared_too():
+    planted = [replace(one, tile=replace(one.tile, model_shift_x=one.move.right + 6, model_shift_y=one.move.down + 8,
+                                         model_angle=0.0, model_confidence=0.9)) for one in some_tiles()]
+    in_place = [replace(one, move=None) for one in planted if one.defect == "none"]
+    moved = [one for one in planted if one.defect == "shifted"]
+    rows = next(rows for title, _, rows in tables(moved + in_place, Filter()) if title == "Measured moves")
+    assert rows[3] == ["model", "shifted", str(len(moved)), str(len(moved)), "10.0 px", "10.0 px"]
+    far = [np.hypot(one.tile.model_shift_x, one.tile.model_shift_y) for one in in_place]
+    assert rows[5] == ["model", "none", *[str(len(far))] * 2, f"{np.median(far):.1f} px", f"{max(far):.1f} px"]
 
 
 def test_on_demo_tiles_from_the_command_line(tmp_path, here):
