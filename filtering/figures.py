@@ -14,6 +14,7 @@ from common.masks import IGNORE
 from common.palette import ERROR, IGNORED, TRAIN, VALIDATION, class_colours, hatch, ignored_patch, rgb
 
 ON_GLASS, UNMARKED = ERROR, "#f0e442"
+CELL, SIDE, CAPTION, HEAD, FOOT = 2.1, 2.0, 0.42, 0.35, 0.4  # inches of a contact sheet
 
 
 def annotated(image: np.ndarray, mask: np.ndarray, glass: np.ndarray, classes: int, width: int = 250) -> np.ndarray:
@@ -42,23 +43,28 @@ def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: 
                   has_ignored: bool = False) -> Figure:
     """Draw (caption, thumbnail (h, w, 3) uint8) in rows of six, like figures 2 to 4 of the report."""
     columns = min(6, len(cells))
-    shapes = [thumbnail.shape[0] / thumbnail.shape[1] for _, thumbnail in cells]
-    heights = [2.1 * max(shapes[i:i + columns]) + 0.35 for i in range(0, len(cells), columns)]  # inches
-    figure = Figure(figsize=(max(2.1 * columns, 8.4), sum(heights) + 1.1), dpi=120, layout="constrained")
-    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).ravel()
-    for axis in axes:
-        axis.axis("off")
-    for axis, (caption, thumbnail) in zip(axes, cells, strict=False):
-        axis.imshow(thumbnail)
-        axis.set_title(caption, fontsize=7.5)
-    figure.suptitle(title, fontsize=11)
+    rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
+    heights = [SIDE * max(thumbnail.shape[0] / thumbnail.shape[1] for _, thumbnail in row) for row in rows]
+    width, height = max(columns * CELL, 4 * CELL), HEAD + len(rows) * (CAPTION + CELL - SIDE) + sum(heights) + FOOT
+    figure = Figure(figsize=(width, height), dpi=120)
+    sheet = figure.add_axes((0, 0, 1, 1))  # in inches; one for each tile would take most of the filter's time
+    first, top = (width - columns * CELL + CELL - SIDE) / 2, HEAD + CAPTION
+    for row, tallest in zip(rows, heights, strict=True):
+        for i, (caption, thumbnail) in enumerate(row):
+            left, bottom = first + i * CELL, top + SIDE * thumbnail.shape[0] / thumbnail.shape[1]
+            sheet.imshow(thumbnail, extent=(left, left + SIDE, bottom, top))
+            sheet.text(left + SIDE / 2, top - 0.04, caption, fontsize=7.5, ha="center", va="bottom")
+        top += tallest + CAPTION + CELL - SIDE
+    sheet.set(xlim=(0, width), ylim=(height, 0))
+    sheet.axis("off")
+    figure.text(0.5, 1 - HEAD / 2 / height, title, fontsize=11, ha="center", va="center")
     colours = class_colours(len(classes)) / 255
     handles = [Line2D([], [], color=colour, linewidth=3, label=f"outline of {name}")
                for name, colour in zip(classes[1:], colours[1:], strict=True)]
     handles += [Patch(facecolor=ON_GLASS, alpha=0.6, label="annotated, but glass"),
                 Patch(facecolor=UNMARKED, alpha=0.6, label="tissue, but not annotated"),
                 *([ignored_patch()] if has_ignored else [])]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
     return figure
 
 

@@ -275,8 +275,9 @@ def draw(tile: Tile, result: FilterResult, config: Config) -> tuple[str, np.ndar
         lines[1] = f"foreground {tile.foreground:.1%}"
     if tile.has_new_mask:
         found = re.search(r"moved by (\S+), (\S+) px(?:, turned by (\S+) degrees)?", tile.reason)
-        lines[1:] = [f"now: {tile.ignored or 0:.1%} ignored",
-                     f"moved {in_words(Move(*(float(value or 0) for value in found.groups())))}" if found else ""]
+        lines[1:] = [f"now: {tile.ignored or 0:.1%} ignored"]
+        if found:
+            lines.append(f"moved {in_words(Move(*(float(value or 0) for value in found.groups())))}")
         return "\n".join(lines), figures.annotated(image, mask, glass, len(config.data.classes))
     if tile.blank is not None:
         lines[1] = f"blank {tile.blank:.1%}  unmarked {tile.unmarked:.1%}"
