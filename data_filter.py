@@ -74,8 +74,10 @@ def main() -> None:
     check_list_folder(config.data)
     check_replaceable(folder)
     text, before = _contents(path), manual_edits.read_earlier_list(path, root)
-    model = load_models(args.model, config, before)
-    result = filter_tiles(config, args.workers, before, partial(announce, config=config), model)
+    if not args.model and any(tile.quality is not None for tile in before):
+        warn("the last run asked models. Without --model, new masks that came from them are given up")
+    result = filter_tiles(config, args.workers, before, partial(announce, config=config),
+                          partial(load_models, args.model, config, before))
     reject_corrupt(result.tiles, args.skip_corrupt)
     changes = manual_edits.differences(before, text, result.tiles)
     make_list_folder(config.data)
@@ -98,13 +100,13 @@ def main() -> None:
           f"next:  {command('python', 'train.py', '--config', args.config, *args.overrides)}")
 
 
-def load_models(runs: Sequence[str], config: Config, before: Sequence[Tile]) -> Model | None:
+def load_models(runs: Sequence[str], config: Config, before: Sequence[Tile], tiles: Sequence[Tile]) -> Model | None:
     """Load the networks that are asked about the tiles; this is the only part of the filter that needs torch."""
     if not runs:
         return None
     from evaluation.unseen import UnseenTiles
 
-    return UnseenTiles.of_runs([Path(run) for run in runs], config, before)
+    return UnseenTiles.of_runs([Path(run) for run in runs], config, tiles, before)
 
 
 def _contents(path: Path) -> bytes:

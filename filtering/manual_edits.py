@@ -4,7 +4,7 @@ A person sets a verdict by editing `split`. The filter writes its own verdict in
 `by_hand`, so that both survive runs in which they agree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -40,15 +40,17 @@ def refuses_mask(tile: Tile) -> bool:
     return disagrees and tile.split in SPLITS and not tile.has_new_mask
 
 
-def apply_manual_edits(tiles: Sequence[Tile], before: Sequence[Tile]) -> list[Tile]:
+def apply_manual_edits(tiles: Sequence[Tile], before: Sequence[Tile],
+                       known_sides: Mapping[str, str] | None = None) -> list[Tile]:
     """Give each tile the verdict in force: the one set by hand in the list `before`, else the proposed one.
 
     Notes are kept. A corrupt tile cannot be kept. All kept tiles of a group go to one side: the one that a person
-    chose, else the one that the filter proposes. A person who keeps a tile that the filter drops chooses no side.
+    chose, else the one that the filter proposes. A person who keeps a tile that the filter drops chooses no side. With
+    `known_sides`, these groups stay on theirs.
     """
     judged = [_with_edits(tile, earlier) for tile, earlier in zip(tiles, _match(tiles, before), strict=True)]
-    sides = _sides(judged)
-    return [_on_side(tile, sides[tile.group]) if tile.group and tile.split in SPLITS else tile for tile in judged]
+    side_of = sides(judged) | dict(known_sides or {})
+    return [_on_side(tile, side_of[tile.group]) if tile.group and tile.split in SPLITS else tile for tile in judged]
 
 
 def _match(tiles: Sequence[Tile], others: Sequence[Tile]) -> list[Tile | None]:
@@ -66,16 +68,16 @@ def _with_edits(tile: Tile, earlier: Tile | None) -> Tile:
     return replace(tile, split=in_force, by_hand=manual, note=earlier.note)
 
 
-def _sides(judged: Sequence[Tile]) -> dict[str, str]:
-    """Return the side of each group with kept tiles.
+def sides(judged: Sequence[Tile]) -> dict[str, str]:
+    """Return the side of each group with kept tiles: train or test.
 
     Tiles that a person moved decide first, then tiles that nobody edited, then tiles kept against the filter.
     """
     kept = [tile for tile in judged if tile.group and tile.split in SPLITS]
-    sides: dict[str, str] = {}
+    found: dict[str, str] = {}
     for tile in sorted(kept, key=lambda tile: (tile.proposed not in SPLITS, not tile.by_hand)):
-        sides.setdefault(tile.group, tile.split)
-    return sides
+        found.setdefault(tile.group, tile.split)
+    return found
 
 
 def _on_side(tile: Tile, side: str) -> Tile:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -85,15 +85,17 @@ class WithPredictions(Sequence):
 
 def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Tile] = (),
                  announce: Callable[[FilterResult], None] = lambda surveyed: None,
-                 model: Model | None = None) -> FilterResult:
+                 load_model: Callable[[Sequence[Tile]], Model | None] = lambda tiles: None) -> FilterResult:
     """Measure and judge every tile of data.root, and make new masks if the limits say so.
 
     What a person set in the list `before` stays in force. `announce` gets what the masks show, before any image is
-    decoded. By default few tiles get few workers. A `model` is asked about every tile that can be read.
+    decoded. By default few tiles get few workers. `load_model` gets the tiles that were found; the model that it
+    returns, if any, is asked about every tile that can be read.
     """
     data = config.data
     tiles = find_pairs(data)
     reject_unknown_groups(tiles, data)
+    model = load_model(tiles)
     by_hand = frozenset(made_by_hand(tiles, data))
     refused = manual_edits.refused_masks(tiles, before)
     with worker_map(workers or min(cores(), len(tiles) // TILES_PER_WORKER)) as parallel_map:
@@ -113,10 +115,13 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
     drop = config.filter.drop_duplicates
     tiles, copies = mark_copies(tiles, drop)
     tiles = propose_split(tiles, data, config.seed)
+    sides = {}
     if model:
-        tiles = with_model(tiles, manual_edits.apply_manual_edits(tiles, before), results)
+        alone = manual_edits.apply_manual_edits(tiles, before)
+        sides = dict.fromkeys(data.test_groups, "test") | manual_edits.sides(alone)
+        tiles = with_model(tiles, alone, sides, results)
         tiles, _ = mark_copies(tiles, drop)
-    tiles = manual_edits.apply_manual_edits(tiles, before)
+    tiles = manual_edits.apply_manual_edits(tiles, before, sides)
     new_masks = {}
     for i, result in results.items():
         if tiles[i].has_new_mask:
@@ -128,16 +133,16 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
                    refused=by_hand & refused)
 
 
-def with_model(tiles: Sequence[Tile], in_force: Sequence[Tile], results: dict[int, "Audited"]) -> list[Tile]:
+def with_model(tiles: Sequence[Tile], alone: Sequence[Tile], sides: Mapping[str, str],
+               results: dict[int, "Audited"]) -> list[Tile]:
     """Return the tiles as the model judges them, but those on the test side as their images alone do.
 
-    A model must not choose what it is tested on: with or without it, the test set is the same. `in_force` are the tiles
-    with what a person said of them, and `results` are changed to those that count.
+    A model must not choose what it is tested on: with or without it, the test set is the same. `alone` are the tiles
+    and `sides` their groups without the model, with what a person said. `results` are changed to those that count.
     """
-    tested = {tile.group for tile in in_force if tile.group and tile.split == "test"}
     judged = list(tiles)
     for i, result in results.items():
-        if result.asked and in_force[i].split != "test" and in_force[i].group not in tested:
+        if result.asked and "test" not in (alone[i].split, sides.get(alone[i].group)):
             results[i], tile = result.asked, result.asked.tile
             judged[i] = replace(tile, proposed=tile.proposed or "train")
     return judged
@@ -317,7 +322,10 @@ def judge(tile: Tile, image: np.ndarray, labels: np.ndarray, glass: np.ndarray, 
     if limits.repair:
         made = repair(image, labels, glass, audit.certain_moves(tile, limits), limits, probs)
     if made.labels is None and limits.relabel and probs is not None:
+        failed = made.what
         made, source = relabel(labels, probs, limits), f"{MODEL} {model}"
+        if made.labels is None and failed:
+            made = replace(made, what=f"{failed}; from the prediction, {made.what}")
     if made.labels is None or refused:
         what = "repair refused by hand" if made.labels is not None else made.what
         return Audited(replace(tile, reason=what, ignored=made.ignored))

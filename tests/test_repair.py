@@ -394,7 +394,7 @@ BOX = np.s_[70:130, 70:130]
 def test_a_model_takes_classes_from_training_tiles_only(place):
     """What is tested must not depend on where a model is right."""
     config = apply_overrides(Config(), [*REPAIR, f"data.root={place / 'tiles'}"])
-    alone, asked = filter_tiles(config, 1), filter_tiles(config, 1, model=Liar())
+    alone, asked = filter_tiles(config, 1), filter_tiles(config, 1, load_model=lambda tiles: Liar())
     sides = Counter()
     for before, after in zip(alone.tiles, asked.tiles, strict=True):
         assert (before.split == "test") == (after.split == "test")
@@ -418,7 +418,8 @@ def test_predictions_become_masks_of_training_tiles_only(place):
     settings = [*REPAIR, f"data.root={place / 'tiles'}", "filter.relabel=true", "filter.max_ignored=0.25"]
     outcomes = set()
     for seed in range(8):
-        result = filter_tiles(apply_overrides(Config(), [*settings, f"seed={seed}"]), 1, model=Liar())
+        config = apply_overrides(Config(), [*settings, f"seed={seed}"])
+        result = filter_tiles(config, 1, load_model=lambda tiles: Liar())
         tested = {tile.group for tile in result.tiles if tile.split == "test"}
         for tile in result.tiles:
             if tile.key in (LEFT_OUT, GONE):
