@@ -148,6 +148,10 @@ def warn_about(result: FilterResult, config: Config) -> None:
     if result.by_hand and not config.filter.makes_masks:
         warn(f"masks in {NEW_MASKS}/ that were made or edited by hand are not used without filter.repair=true: "
              f"{len(result.by_hand)}, for example {min(result.by_hand)}")
+    if result.refused:
+        warn(f"masks in {NEW_MASKS}/ that were made or edited by hand are not used, because the list keeps the given "
+             f"mask: {len(result.refused)}, for example {min(result.refused)}. To use one, set mask_from to repaired "
+             "and split to what is proposed")
     strange = new_masks.without_tile(result.tiles, config.data)
     if strange:
         warn(f"{NEW_MASKS}/ holds pictures that are the mask of no tile: {len(strange)}, for example {strange[0]}. "

@@ -5,6 +5,7 @@ The file holds a header, the pixels of the tiles one after another, their sizes,
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,9 +138,20 @@ def _pack(path: Path, pairs: Sequence[Pair], data: Data, signature: str) -> None
 def read_pair(pair: Pair, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """Return image (H, W, 3) and classes (H, W), both uint8 and of one size."""
     image_path, mask_path = pair.paths(data)
-    image, labels = read_image(image_path), read_mask(mask_path, data.of_new_masks if pair.is_new else data)
+    image, labels = read_image(image_path), (read_new_mask if pair.is_new else read_mask)(mask_path, data)
     reject_different_sizes(pair, data, image.shape[:2], labels.shape)
     return image, labels
+
+
+def read_new_mask(path: Path, data: Data) -> np.ndarray:
+    """Return (H, W) uint8 of a mask in place of a given one: its values are classes, 255 is IGNORE."""
+    try:
+        return read_mask(path, data.of_new_masks)
+    except UserError as error:
+        problem = re.split("; fix|, but data", str(error))[0]  # the rest is about settings of given masks
+        raise UserError(f"{problem}. A mask in {path.parent.name}/ is grey or has a palette, and holds the index of a "
+                        f"class, 0 to {len(data.classes) - 1}, or 255 for none. Fix it, or delete it and run "
+                        "data_filter.py again") from None
 
 
 def reject_different_sizes(pair: Pair, data: Data, image: tuple[int, ...], mask: tuple[int, ...]) -> None:

@@ -1,6 +1,5 @@
 """Run all tiles of a folder through the filter: check the masks, measure the images, split what is kept."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +15,9 @@ from common.masks import COLOUR, IGNORE, count_classes, count_codes, name_of, re
 from common.pictures import picture_size
 from common.store import read_pair, reject_different_sizes
 from common.workers import ParallelMap, cores, worker_map
-from dataset import MODEL, NEW_MASKS, REPAIRED, SPLITS, Tile, digest_of, find_pairs, places_by_group, split_by_group
+from dataset import MODEL, REPAIRED, SPLITS, Tile, digest_of, find_pairs, places_by_group, split_by_group
 from filtering import audit, manual_edits
-from filtering.new_masks import encode, made_by_hand
+from filtering.new_masks import encode, made_by_hand, reject_other_order
 from filtering.repair import NewMask, relabel, repair
 
 TILES_PER_WORKER = 64  # fewer are judged before another process has started
@@ -280,7 +279,8 @@ def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
     try:
         image, labels = read_pair(tile.given_pair, data)
         if job.made_by_hand and not job.refused:
-            mask_by_hand = _read_mask_by_hand(tile, data)
+            mask_by_hand = read_pair(replace(tile, mask_from=REPAIRED).pair, data)[1]
+            reject_other_order(tile, data)
     except UserError as error:
         return Audited(replace(tile, proposed="corrupt", reason=str(error)))
     glass = audit.find_glass(audit.inverted_grey(image), limits)
@@ -300,16 +300,6 @@ def audit_tile(data: Data, limits: Filter, job: Job) -> Audited:
         return judged
     asked = judge(replace(tile, **model), image, labels, glass, data, limits, job.refused, probs, job.model)
     return judged._replace(tile=replace(judged.tile, **model), asked=asked)
-
-
-def _read_mask_by_hand(tile: Tile, data: Data) -> np.ndarray:
-    try:
-        return read_pair(replace(tile, mask_from=REPAIRED).pair, data)[1]
-    except UserError as error:
-        problem = re.split("; fix|, but data", str(error))[0]  # what data.* say is about given masks
-        raise UserError(f"{problem}. A mask in {NEW_MASKS}/ is grey or has a palette, and "
-                        f"holds the index of a class, 0 to {len(data.classes) - 1}, or 255 for none: fix it, or delete "
-                        "it to get the filter's") from None
 
 
 def judge(tile: Tile, image: np.ndarray, labels: np.ndarray, glass: np.ndarray, data: Data, limits: Filter,

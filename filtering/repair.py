@@ -93,7 +93,7 @@ def _checked(given: np.ndarray, labels: np.ndarray, measured: Mapping[str, float
     problem = verdict(replace(Tile("", "", ""), foreground=foreground, **measured), limits)
     if problem:
         return NewMask(None, ignored, f"a new mask would {WOULD[problem]}")
-    parts = [what, f"{lost:.1%} ignored" if lost else ""]
+    parts = [what, f"{lost:.1%} ignored" if lost > 0 else ""]  # a rotation may round up
     return NewMask(labels, ignored, ", ".join(part for part in parts if part))
 
 

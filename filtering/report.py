@@ -128,10 +128,6 @@ def describe_new_masks(result: FilterResult) -> list[str]:
     if result.by_hand and any(tile.has_new_mask for tile in result.tiles):
         lines.append(f"masks in {NEW_MASKS}/ that were made or edited by hand and stay as they are: "
                      f"{len(result.by_hand)}, for example {min(result.by_hand)}")
-    if result.refused:
-        lines.append(f"masks in {NEW_MASKS}/ that were made or edited by hand but are not used, because the list keeps "
-                     f"the given mask: {len(result.refused)}, for example {min(result.refused)}. To use one, set "
-                     "mask_from to repaired and split to what is proposed")
     return lines
 
 

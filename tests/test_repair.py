@@ -4,6 +4,7 @@ import csv
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from common.config_files import apply_overrides
 from common.console import UserError
 from common.masks import IGNORE
 from common.store import open_store, read_pair
-from dataset import Tile, identity, read_tiles
+from dataset import Tile, find_pairs, identity, read_tiles
 from evaluation.unseen import UnseenTiles
 from filtering import report
-from filtering.new_masks import decode
+from filtering.new_masks import decode, encode
 from filtering.pipeline import filter_tiles, mark_copies
 from filtering.registration import Move
 from training.training_set import prepare_data
@@ -207,7 +208,7 @@ def test_masks_edited_by_hand_are_kept(place, here):
     edit(place, s1_1={"mask_from": "given"})
     out = filtered(here, place, *REPAIR)
     assert rows(place)["s1-1"]["mask_from"] == "given" and "stay as they are: 1, for example s0-3" in out.stdout
-    assert "the list keeps the given mask: 1, for example s1-1" in out.stdout
+    assert "the list keeps the given mask: 1, for example s1-1" in out.stderr
     edit(place, s1_1={"mask_from": "repaired", "split": rows(place)["s1-1"]["proposed"], "by_hand": ""})
     Image.fromarray(np.full((SIZE, SIZE), 7, np.uint8)).save(new)
     out = filtered(here, place, *REPAIR, code=2)
@@ -216,6 +217,14 @@ def test_masks_edited_by_hand_are_kept(place, here):
     Image.fromarray(np.full_like(labels, IGNORE)).save(new)
     filtered(here, place, *REPAIR)
     assert rows(place)["s1-1"]["split"] == "unlabelled"
+    new.write_bytes(encode(np.where(labels == 2, 1, labels).astype(np.uint8), 3))  # 0, 1 and 255
+    coloured = np.array(Image.open(new).convert("RGB"))
+    colours, places = np.unique(coloured.reshape(-1, 3), axis=0, return_inverse=True)  # in an order of their own
+    picture = Image.fromarray(places.reshape(coloured.shape[:2]).astype(np.uint8)).convert("P")
+    picture.putpalette(colours.astype(np.uint8).tobytes())
+    picture.save(new)
+    out = filtered(here, place, *REPAIR, code=2)
+    assert "s1-1.png: the colour" in out.stderr and "changed the order" in out.stderr
     Image.fromarray(labels[:50]).save(new)
     out = filtered(here, place, *REPAIR, code=2)
     assert "the mask is 50 x 200 pixels" in out.stderr
@@ -316,8 +325,13 @@ def test_the_tool_goes_on_where_it_was_interrupted(asked, tmp_path, here):
     shutil.rmtree(tmp_path / "place/runs/any.part3")
     out = here("tools.cross_fit", "--config", "any.yaml", "--parts", 3, *TRAIN, cwd=tmp_path / "place")
     assert out.returncode == 0 and "any.part1: complete" in out.stdout and "any.part2: complete" in out.stdout
+    assert "other tiles" not in out.stderr
     assert (tmp_path / "place/runs/any.part1/checkpoints/last.pt").read_bytes() == before
     assert (tmp_path / "place/runs/any.part3/checkpoints/last.pt").exists() and "--model runs/any.part1" in out.stdout
+    edit(tmp_path / "place", s0_0={"split": "excluded"})
+    out = here("tools.cross_fit", "--config", "any.yaml", "--parts", 3, *TRAIN, "filter.max_ignored=0.3",
+               cwd=tmp_path / "place")
+    assert out.returncode == 0 and "any.part1 was trained with other tiles" in out.stderr
 
 
 def test_masks_are_measured_against_the_models(asked, here, tmp_path):
@@ -352,16 +366,37 @@ def test_models_that_cannot_be_asked_are_refused(asked, here, words, expected):
 
 
 def test_the_same_image_under_another_name_is_known(asked, here, tmp_path):
-    """A copy of the folder without groups: only the images tell that the models have learned from them."""
+    """A copy of the folder without a list and groups: only the images tell that the models have learned from them."""
     shutil.copytree(asked, tmp_path / "place")
     place = tmp_path / "place"
     (place / "tiles").rename(place / "others")
-    others = [*REPAIR, "data.root=others"]
+    (place / "others/tiles.csv").unlink()
+    shutil.rmtree(place / "others/repaired")
+    others = [*REPAIR, "data.root=others", "data.group="]
     out = here("data_filter.py", "--config", "any.yaml", *others, "--workers", 1, "--model", RUNS[1], cwd=place)
     assert out.returncode == 2 and "every model has learned from" in out.stderr
     (place / RUNS[0] / "trained_on.csv").unlink()
     out = here("data_filter.py", "--config", "any.yaml", *others, "--model", RUNS[0], cwd=place)
     assert out.returncode == 2 and "train it again" in out.stderr
+
+
+@pytest.mark.parametrize("root", ["tiles", "others"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_slides_are_known_by_whatever_name_they_have_now(asked, tmp_path, root, listed):
+    """The slides were s0 to s4 when the models learned; now they are 0 to 4."""
+    shutil.copytree(asked / "tiles", tmp_path / "others")
+    place = asked / "tiles" if root == "tiles" else tmp_path / "others"
+    config = apply_overrides(Config(), [f"data.root={place}", r"data.group=^s(\d+)", "device=cpu"])
+    before = read_tiles(config.data) if listed else []
+    found = find_pairs(config.data)
+    assert {tile.group for tile in found} == set("01234")
+    models = UnseenTiles.of_runs([asked / run for run in RUNS], config, found, before)
+    for _, known in models.models:
+        assert {name.removeprefix("s") for name in known.groups} == {name for name in known.groups if name[0] != "s"}
+    for tile in found:
+        name, _ = models.ask(tile)
+        with (asked / f"runs/{name}/trained_on.csv").open(newline="") as file:
+            assert tile.key[:2] not in {row["group"] for row in csv.DictReader(file)}
 
 
 def test_leaving_out_is_checked(asked):
@@ -412,6 +447,52 @@ def test_a_model_takes_classes_from_training_tiles_only(place):
         assert asked.pixels[row].tolist() == [(mask == k).sum() for k in range(3)]
         assert before.key == after.key
     assert sides["train"] and sides["test"]
+
+
+def test_a_model_gives_no_tile_of_a_tested_slide_to_training(place):
+    """Slide s4-2 is to be tested, but its only tile is dropped."""
+    config = apply_overrides(Config(), [*REPAIR, f"data.root={place / 'tiles'}", "filter.relabel=true",
+                                        "filter.max_ignored=0.25", r"data.group=^(s4-2|s\d)",
+                                        "data.test_groups=[s0,s4-2]"])
+    found = {tile.key: tile for tile in filter_tiles(config, 1, load_model=lambda tiles: Liar()).tiles}
+    assert found["s4-2"].split == "unmarked" and found["s4-2"].mask_from == "given"
+    assert "from the prediction" not in found["s4-2"].reason and found["s1-1"].mask_from == "model liar"
+
+
+class Against:
+    """A model that is right, but in all tiles of slide s4 except s4-2."""
+
+    def ask(self, tile):
+        said = truth(tile.key)
+        return "against", (np.eye(3)[(said + (tile.group == "s4" and tile.key != LEFT_OUT)) % 3] * 255).astype(np.uint8)
+
+
+def test_a_tile_that_is_kept_by_hand_does_not_take_its_slide_to_the_test_side(place):
+    """A person keeps s4-2. If the model drops all other tiles of the slide, the side is still the one without it."""
+    settings = [*CONFIG, f"data.root={place / 'tiles'}", "data.test_groups=[s0]", "filter.max_shift=off"]
+    config = apply_overrides(Config(), [*settings, "filter.max_disagreement=0.1"])
+    before = [replace(tile, split="test") if tile.key == LEFT_OUT else tile
+              for tile in filter_tiles(apply_overrides(Config(), settings), 1).tiles]
+    found = filter_tiles(config, 1, before, load_model=lambda tiles: Against()).tiles
+    assert {tile.group for tile in found if tile.split == "test"} == {"s0"}
+    assert {tile.key: tile.split for tile in found if tile.group == "s4"} == {
+        "s4-0": "disputed", "s4-1": "disputed", "s4-2": "train", "s4-3": "disputed"}
+
+
+def test_of_two_copies_a_model_may_leave_only_one(place):
+    """A copy whose own mask is dropped comes back with a prediction as its mask; the first copy has its given mask."""
+    frames, masks = place / "tiles/frames", place / "tiles/masks"
+    class Right:
+        def ask(self, tile):
+            return "right", (np.eye(3)[truth(GONE if tile.key == "s1-9" else tile.key)] * 255).astype(np.uint8)
+
+    shutil.copy(frames / f"frame#{GONE}.png", frames / "frame#s1-9.png")
+    Image.fromarray(GREYS[truth(GONE)]).save(masks / "mask#s1-9.png")
+    config = apply_overrides(Config(), [*REPAIR, f"data.root={place / 'tiles'}", "filter.relabel=true",
+                                        "filter.max_ignored=0.25", "filter.drop_duplicates=true",
+                                        "data.test_groups=[s0]"])
+    found = {tile.key: tile.split for tile in filter_tiles(config, 1, load_model=lambda tiles: Right()).tiles}
+    assert (found[GONE], found["s1-9"]) == ("duplicate", "train")
 
 
 def test_predictions_become_masks_of_training_tiles_only(place):

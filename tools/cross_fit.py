@@ -15,7 +15,8 @@ from pathlib import Path
 
 from common.config import Config
 from common.config_files import apply_overrides, leaves, load_config
-from common.console import Progress, UserError, argument_parser, command, run
+from common.console import Progress, UserError, argument_parser, command, run, warn
+from dataset import TILE_LIST, identity, read_tiles
 from train import RESUME_MAY_CHANGE, reason_to_end
 from training.checkpoints import load_checkpoint
 
@@ -31,12 +32,19 @@ def is_complete(config: Config, folder: Path) -> bool:
     return path.is_file() and bool(reason_to_end(load_checkpoint(path).history, config))
 
 
+def has_todays_tiles(config: Config, folder: Path) -> bool:
+    """Return whether a run was trained with the tiles and masks that the list holds now."""
+    return load_checkpoint(folder / "checkpoints" / "last.pt").tiles_identity == identity(
+        read_tiles(config.data), config.data)
+
+
 def reject_another(config: Config, folder: Path) -> None:
     """Raise a `UserError` if the folder holds a run with other settings."""
     if not (folder / "config.yaml").is_file():
         return
     found = dict(leaves(load_config(folder / "config.yaml")))
-    different = [name for name, value in leaves(config) if found[name] != value and name not in RESUME_MAY_CHANGE]
+    different = [name for name, value in leaves(config) if found[name] != value and name not in RESUME_MAY_CHANGE
+                 and not name.startswith("filter.")]  # tiles.csv says what came of those
     if different:
         name = different[0]
         raise UserError(f"{folder} was trained with {name}={found[name]}, not {dict(leaves(config))[name]}; choose "
@@ -61,6 +69,9 @@ def main() -> None:
             reject_another(own, folder)
             if is_complete(own, folder):
                 print(f"{folder}: complete", flush=True)
+                if not has_todays_tiles(own, folder):
+                    warn(f"{folder} was trained with other tiles or masks than {TILE_LIST} names now. To train it "
+                         "anew, remove the folder")
             else:
                 settings = [f"name={own.name}", f"train.leave_out={own.train.leave_out}"]
                 arguments = (["--resume", str(folder)] if folder.exists() else
@@ -71,8 +82,8 @@ def main() -> None:
                     raise UserError(f"part {part} was not trained, see above; the same command goes on from there")
             progress.advance()
     runs = [str(Path("runs") / part_config(config, part, args.parts).name) for part in range(1, args.parts + 1)]
-    print("\nnext:  " + command("python", "data_filter.py", "--config", args.config, *args.overrides,
-                                "filter.repair=true", "--model", *runs))
+    settings = args.overrides if config.filter.makes_masks else [*args.overrides, "filter.repair=true"]
+    print("\nnext:  " + command("python", "data_filter.py", "--config", args.config, *settings, "--model", *runs))
 
 
 if __name__ == "__main__":

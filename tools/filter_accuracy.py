@@ -31,15 +31,16 @@ from common.masks import IGNORE, read_mask
 from common.pictures import picture_size
 from common.result_folders import replacing_folder
 from common.store import read_pair
-from dataset import FILTER_FOLDER, SPLITS, Tile, read_tiles
+from dataset import DROPPED, FILTER_FOLDER, MEASUREMENTS, SPLITS, Tile, read_tiles
 from filtering.audit import verdict
 from filtering.registration import Move
 from filtering.report import MEASURED, measured
 from tools.make_demo_data import DEFECTS
 
 OF_MASKS = tuple(defect for defect in DEFECTS if defect != "empty")
-LIMITS = ("min_foreground", "max_blank", "max_unmarked", "max_shift", "min_confidence")
+LIMITS = ("min_foreground", "max_blank", "max_unmarked", "max_shift", "min_confidence", "max_disagreement")
 NONE, REPORT, ALL = "none (only empty masks drop)", "the report: 1 % rule, Algorithm 1", "all rules"
+BY_MODEL = ("quality", "disagreement", *(name for name in MEASUREMENTS if name.startswith("model_")))
 VISIBLE = 0.02  # share of a mask's pixels
 THRESHOLDS = {"blank": (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3),
               "unmarked": (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.3),
@@ -82,14 +83,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Planted:
-    """A tile as the filter measured it, and what was done to it."""
+    """A tile as the filter judged it, and what was done to it."""
 
-    tile: Tile
+    tile: Tile  # without what a model said, if its group is tested
     defect: str  # none, or one of DEFECTS
     wrong: float  # share of the mask's pixels that are wrong
     visible: float  # share of them that are wrong about what is background
     move: Move | None  # of a shifted or rotated mask
     shape: tuple[int, int] = (0, 0)  # height and width
+    asked: Tile | None = None  # with what a model said, if that differs
 
 
 def read_truth(folder: Path) -> dict[str, dict[str, str]]:
@@ -109,12 +111,13 @@ def read(folder: Path) -> list[Planted]:
     strange = [tile.key for tile in tiles if tile.key not in truth]
     if strange or len(tiles) != len(truth):
         raise UserError(f"{folder}: tiles.csv and truth.csv are not of the same tiles; run data_filter.py again")
-    planted = []
+    planted, tested = [], {tile.group for tile in tiles if tile.split == "test"}
     for tile in tiles:
         row = truth[tile.key]
         move = Move(float(row["dx"]), float(row["dy"]), float(row["angle"])) if row["dx"] else None
-        planted.append(Planted(tile, row["defect"], float(row["wrong"]), float(row["visible"]), move,
-                               picture_size(folder / tile.image)))
+        judged = replace(tile, **dict.fromkeys(BY_MODEL)) if tile.group in tested else tile
+        planted.append(Planted(judged, row["defect"], float(row["wrong"]), float(row["visible"]), move,
+                               picture_size(folder / tile.image), tile))
     return planted
 
 
@@ -127,7 +130,7 @@ def score(planted: Sequence[Planted], limits: Filter, defects: Sequence[str]) ->
 
 def only(limits: Filter, *names: str) -> Filter:
     """Return the limits with all but those named switched off; a mask without any tissue is still dropped."""
-    off = {"min_foreground": 0.0, "max_blank": None, "max_unmarked": None, "max_shift": None}
+    off = {"min_foreground": 0.0, "max_blank": None, "max_unmarked": None, "max_shift": None, "max_disagreement": None}
     return replace(limits, **{name: value for name, value in off.items() if name not in names})
 
 
@@ -148,9 +151,9 @@ def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[s
     counts = {defect: Counter(verdict(one.tile, limits) or "kept" for one in planted if one.defect == defect)
               for defect in ("none", *DEFECTS)}
     sources = {"image": ""}
-    if any(one.tile.model_confidence is not None for one in planted):
+    if any((one.asked or one.tile).model_confidence is not None for one in planted):
         sources["model"] = "model_"
-    names = ["kept", "sparse", "misregistered", "unmarked", "shifted"]
+    names = ["kept", *(name for name in DROPPED if any(name in count for count in counts.values()))]
     caught = []
     for defect in OF_MASKS:
         chosen = [one for one in planted if one.defect == defect and one.tile.foreground]
@@ -192,7 +195,7 @@ def _errors_of_moves(planted: Sequence[Planted], limits: Filter, prefix: str) ->
     """
     errors = []
     for one in planted:
-        right, down, angle, confidence = (getattr(one.tile, f"{prefix}{name}")
+        right, down, angle, confidence = (getattr(one.asked or one.tile, f"{prefix}{name}")
                                           for name in ("shift_x", "shift_y", "angle", "confidence"))
         if confidence is not None and confidence >= limits.min_confidence:
             points = np.stack(np.meshgrid(*(np.linspace(0, side - 1, 9) for side in one.shape), indexing="ij"), -1)
@@ -242,7 +245,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = args.data / FILTER_FOLDER / "settings.yaml"
     if not settings.is_file():
-        raise UserError(f"{settings}: missing; run data_filter.py first")
+        raise UserError(f"{settings}: missing; run data_filter.py first, without data.cache")
     planted, config = read(args.data), load_config(settings)
     config = replace(config, data=replace(config.data, root=str(args.data)))
     limits = apply_overrides(config, args.overrides, [f"filter.{name}" for name in LIMITS]).filter

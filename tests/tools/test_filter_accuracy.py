@@ -3,13 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers import REPOSITORY
+from PIL import Image
 from sklearn.metrics import precision_score, recall_score
 
 from common.config import Filter
-from dataset import Tile
+from common.files import write_csv
+from dataset import Tile, write_tiles
 from filtering.audit import verdict
 from filtering.registration import Move
-from tools.filter_accuracy import ALL, OF_MASKS, REPORT, Planted, curve, rules, score, tables
+from tools.filter_accuracy import ALL, OF_MASKS, REPORT, Planted, curve, read, rules, score, tables
 from tools.make_demo_data import DEFECTS
 
 
@@ -77,6 +79,37 @@ def test_moves_by_a_model_are_compared_too():
     assert rows[3] == ["model", "shifted", str(len(moved)), str(len(moved)), "10.0 px", "10.0 px"]
     far = [np.hypot(one.tile.model_shift_x, one.tile.model_shift_y) for one in in_place]
     assert rows[5] == ["model", "none", *[str(len(far))] * 2, f"{np.median(far):.1f} px", f"{max(far):.1f} px"]
+
+
+def test_disputed_tiles_count_for_their_own_rule_only():
+    planted = [replace(one, tile=replace(one.tile, disagreement=0.3 * (i % 2))) for i, one in enumerate(some_tiles())]
+    limits = Filter(max_unmarked=0.05, max_shift=30.0, max_disagreement=0.1)
+    tables_of = {title: (header, rows) for title, header, rows in tables(planted, limits)}
+    header, rows = tables_of["Verdict by planted defect"]
+    assert "disputed" in header and all(int(row[1]) == sum(map(int, row[2:])) for row in rows)
+    without = {title: rows for title, _, rows in tables(planted, replace(limits, max_disagreement=None))}
+    for title, same in (("Precision and recall", 5), ("What is left", 2)):
+        assert tables_of[title][1][:same] == without[title][:same], "all but the last row, of all rules"
+        assert tables_of[title][1][same] != without[title][same]
+
+
+def test_what_a_model_says_of_tested_slides_decides_nothing(tmp_path):
+    (tmp_path / "frames").mkdir()
+    said = {"foreground": 0.5, "disagreement": 0.5, "quality": 0.1, "model_shift_x": 50.0, "model_shift_y": 0.0,
+            "model_angle": 0.0, "model_shift": 50.0, "model_confidence": 0.9, "confidence": 0.1, "shift": 3.0}
+    tiles = [Tile(f"{group}-{number}", f"frames/{group}-{number}.png", f"m{group}{number}", group, split=split, proposed=split, **said)
+             for group, splits in (("a", ("train", "shifted")), ("b", ("test", "unmarked")))
+             for number, split in enumerate(splits)]
+    for tile in tiles:
+        Image.new("RGB", (30, 20)).save(tmp_path / tile.image)
+    write_tiles(tmp_path / "tiles.csv", tiles)
+    write_csv(tmp_path / "truth.csv", [{"key": tile.key, "defect": "none", "wrong": 0, "visible": 0, "dx": "", "dy": "",
+                                        "angle": ""} for tile in tiles])
+    planted = read(tmp_path)
+    limits = Filter(max_shift=30.0, max_disagreement=0.1)
+    assert [verdict(one.tile, limits) for one in planted] == ["shifted", "shifted", "", ""]
+    moves = next(rows for title, _, rows in tables(planted, limits) if title == "Measured moves")
+    assert moves[-1][:4] == ["model", "none", "4", "4"], "all of them are compared"
 
 
 def test_on_demo_tiles_from_the_command_line(tmp_path, here):
