@@ -75,7 +75,7 @@ def main() -> None:
     check_replaceable(folder)
     text, before = _contents(path), manual_edits.read_earlier_list(path, root)
     if not args.model and any(tile.quality is not None for tile in before):
-        warn("the last run asked models. Without --model, new masks that came from them are given up")
+        warn("the last run asked models. Without --model, the verdicts and masks that came from them are given up")
     result = filter_tiles(config, args.workers, before, partial(announce, config=config),
                           partial(load_models, args.model, config, before))
     reject_corrupt(result.tiles, args.skip_corrupt)

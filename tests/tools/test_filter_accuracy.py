@@ -97,7 +97,8 @@ def test_what_a_model_says_of_tested_slides_decides_nothing(tmp_path):
     (tmp_path / "frames").mkdir()
     said = {"foreground": 0.5, "disagreement": 0.5, "quality": 0.1, "model_shift_x": 50.0, "model_shift_y": 0.0,
             "model_angle": 0.0, "model_shift": 50.0, "model_confidence": 0.9, "confidence": 0.1, "shift": 3.0}
-    tiles = [Tile(f"{group}-{number}", f"frames/{group}-{number}.png", f"m{group}{number}", group, split=split, proposed=split, **said)
+    tiles = [Tile(f"{group}{number}", f"frames/{group}{number}.png", f"masks/{group}{number}.png", group, split=split,
+                  proposed=split, **said)
              for group, splits in (("a", ("train", "shifted")), ("b", ("test", "unmarked")))
              for number, split in enumerate(splits)]
     for tile in tiles:
