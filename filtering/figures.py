@@ -47,7 +47,7 @@ def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: 
     heights = [SIDE * max(thumbnail.shape[0] / thumbnail.shape[1] for _, thumbnail in row) for row in rows]
     width, height = max(columns * CELL, 4 * CELL), HEAD + len(rows) * (CAPTION + CELL - SIDE) + sum(heights) + FOOT
     figure = Figure(figsize=(width, height), dpi=120)
-    sheet = figure.add_axes((0, 0, 1, 1))  # in inches; one for each tile would take most of the filter's time
+    sheet = figure.add_axes((0, 0, 1, 1))  # in inches; an axes for each tile is slow
     first, top = (width - columns * CELL + CELL - SIDE) / 2, HEAD + CAPTION
     for row, tallest in zip(rows, heights, strict=True):
         for i, (caption, thumbnail) in enumerate(row):

@@ -111,11 +111,12 @@ def read(folder: Path) -> list[Planted]:
     strange = [tile.key for tile in tiles if tile.key not in truth]
     if strange or len(tiles) != len(truth):
         raise UserError(f"{folder}: tiles.csv and truth.csv are not of the same tiles; run data_filter.py again")
-    planted, tested = [], {tile.group for tile in tiles if tile.split == "test"}
+    planted, tested = [], {tile.group for tile in tiles if tile.split == "test" and tile.group}
     for tile in tiles:
         row = truth[tile.key]
         move = Move(float(row["dx"]), float(row["dy"]), float(row["angle"])) if row["dx"] else None
-        judged = replace(tile, **dict.fromkeys(BY_MODEL)) if tile.group in tested else tile
+        is_tested = tile.split == "test" or tile.group in tested
+        judged = replace(tile, **dict.fromkeys(BY_MODEL)) if is_tested else tile
         planted.append(Planted(judged, row["defect"], float(row["wrong"]), float(row["visible"]), move,
                                picture_size(folder / tile.image), tile))
     return planted

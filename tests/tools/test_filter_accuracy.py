@@ -99,7 +99,7 @@ def test_what_a_model_says_of_tested_slides_decides_nothing(tmp_path):
             "model_angle": 0.0, "model_shift": 50.0, "model_confidence": 0.9, "confidence": 0.1, "shift": 3.0}
     tiles = [Tile(f"{group}{number}", f"frames/{group}{number}.png", f"masks/{group}{number}.png", group, split=split,
                   proposed=split, **said)
-             for group, splits in (("a", ("train", "shifted")), ("b", ("test", "unmarked")))
+             for group, splits in (("a", ("train", "shifted")), ("b", ("test", "unmarked")), ("", ("train", "test")))
              for number, split in enumerate(splits)]
     for tile in tiles:
         Image.new("RGB", (30, 20)).save(tmp_path / tile.image)
@@ -108,9 +108,9 @@ def test_what_a_model_says_of_tested_slides_decides_nothing(tmp_path):
                                         "angle": ""} for tile in tiles])
     planted = read(tmp_path)
     limits = Filter(max_shift=30.0, max_disagreement=0.1)
-    assert [verdict(one.tile, limits) for one in planted] == ["shifted", "shifted", "", ""]
+    assert [verdict(one.tile, limits) for one in planted] == ["shifted", "", "shifted", "shifted", "", ""]
     moves = next(rows for title, _, rows in tables(planted, limits) if title == "Measured moves")
-    assert moves[-1][:4] == ["model", "none", "4", "4"], "all of them are compared"
+    assert moves[-1][:4] == ["model", "none", "6", "6"], "all of them are compared"
 
 
 def test_on_demo_tiles_from_the_command_line(tmp_path, here):
