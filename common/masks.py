@@ -56,14 +56,14 @@ def read_mask_file(path: Path, data: Data) -> MaskFile:
         own = np.array(picture.getpalette("RGB"), np.int32).reshape(-1, 3)
         colours[:len(own)] = own
         if not data.palettes_by_colour:
-            return MaskFile(np.asarray(picture), tuple(_colour_codes(colours).tolist()))
+            return MaskFile(np.asarray(picture), tuple(colour_codes(colours).tolist()))
         pixels = colours[np.asarray(picture)]
     else:
         pixels = _plain_pixels(path, picture)
     is_grey = pixels.ndim == 2 or (pixels == pixels[..., :1]).all()
     if is_grey and not data.colours:
         return MaskFile(np.ascontiguousarray(pixels if pixels.ndim == 2 else pixels[..., 0]).astype(np.uint8))
-    return MaskFile(_colour_codes(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, -1)))
+    return MaskFile(colour_codes(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, -1)))
 
 
 def _plain_pixels(path: Path, picture: Image.Image) -> np.ndarray:
@@ -89,7 +89,7 @@ def _plain_pixels(path: Path, picture: Image.Image) -> np.ndarray:
                     "it to 8-bit grey")
 
 
-def _colour_codes(pixels: np.ndarray) -> np.ndarray:
+def colour_codes(pixels: np.ndarray) -> np.ndarray:
     """Return the codes (...) int32 of colours (..., 3)."""
     red, green, blue = np.moveaxis(pixels.astype(np.int32), -1, 0)
     return COLOUR + (red << 16) + (green << 8) + blue

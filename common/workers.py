@@ -16,6 +16,7 @@ from typing import Any
 
 from common.console import UserError
 
+ITEMS_PER_WORKER = 64  # fewer tiles are read or judged before another process has started
 CHUNK = 16  # items that are sent to a worker together, at most
 AHEAD = 4  # chunks for each worker that may wait for the reader, which bounds the memory
 MOST_WORKERS = 61 if os.name == "nt" else sys.maxsize  # Windows cannot wait for more processes
@@ -28,6 +29,11 @@ def cores() -> int:
     """Return the number of processor cores that this process, or its container, may use."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, _container_cores(CGROUP) or available)
+
+
+def workers_for(items: int) -> int:
+    """Return the number of processes that are worth starting for so many tiles: few tiles get few."""
+    return min(cores(), items // ITEMS_PER_WORKER)
 
 
 def _container_cores(folder: Path) -> int | None:

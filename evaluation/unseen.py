@@ -14,12 +14,11 @@ import torch
 from common.config import Config
 from common.console import Progress, UserError
 from common.pictures import read_image
-from common.workers import cores, worker_map
+from common.workers import worker_map, workers_for
 from dataset import Tile, digest_of
 from evaluation.candidates import Candidate, candidate_of_run
 from training.run_folder import read_trained_on
 
-TILES_PER_WORKER = 64  # fewer are read before another process has started
 CROSS_FIT = "python -m tools.cross_fit --config CONFIG trains models of which each tile finds one"
 
 
@@ -99,7 +98,7 @@ def digests_of(tiles: Sequence[Tile], before: Sequence[Tile], root: Path) -> lis
     """Return the digest of each tile's image: that of the list `before`, else of the file; "" if it is unreadable."""
     digests = {tile.image: tile.digest for tile in before if tile.digest}
     unknown = [tile.image for tile in tiles if tile.image not in digests]
-    with (worker_map(min(cores(), len(unknown) // TILES_PER_WORKER)) as parallel_map,
+    with (worker_map(workers_for(len(unknown))) as parallel_map,
           Progress("read images", len(unknown), "tile") as progress):
         for image, digest in zip(unknown, parallel_map(partial(_digest, root), unknown), strict=True):
             digests[image] = digest

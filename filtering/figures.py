@@ -14,7 +14,7 @@ from common.masks import IGNORE
 from common.palette import ERROR, IGNORED, TRAIN, VALIDATION, class_colours, hatch, ignored_patch, rgb
 
 ON_GLASS, UNMARKED = ERROR, "#f0e442"
-CELL, SIDE, CAPTION, HEAD, FOOT = 2.1, 2.0, 0.42, 0.35, 0.4  # inches of a contact sheet
+SIDE, GAP, CAPTION, HEAD, FOOT = 2.0, 0.1, 0.42, 0.35, 0.4  # inches of a contact sheet
 
 
 def annotated(image: np.ndarray, mask: np.ndarray, glass: np.ndarray, classes: int, width: int = 250) -> np.ndarray:
@@ -45,16 +45,17 @@ def contact_sheet(cells: Sequence[tuple[str, np.ndarray]], title: str, classes: 
     columns = min(6, len(cells))
     rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
     heights = [SIDE * max(thumbnail.shape[0] / thumbnail.shape[1] for _, thumbnail in row) for row in rows]
-    width, height = max(columns * CELL, 4 * CELL), HEAD + len(rows) * (CAPTION + CELL - SIDE) + sum(heights) + FOOT
+    width = max(columns, 4) * (SIDE + GAP)
+    height = HEAD + len(rows) * (CAPTION + GAP) + sum(heights) + FOOT
     figure = Figure(figsize=(width, height), dpi=120)
     sheet = figure.add_axes((0, 0, 1, 1))  # in inches; an axes for each tile is slow
-    first, top = (width - columns * CELL + CELL - SIDE) / 2, HEAD + CAPTION
+    first, top = (width - columns * (SIDE + GAP) + GAP) / 2, HEAD + CAPTION
     for row, tallest in zip(rows, heights, strict=True):
         for i, (caption, thumbnail) in enumerate(row):
-            left, bottom = first + i * CELL, top + SIDE * thumbnail.shape[0] / thumbnail.shape[1]
+            left, bottom = first + i * (SIDE + GAP), top + SIDE * thumbnail.shape[0] / thumbnail.shape[1]
             sheet.imshow(thumbnail, extent=(left, left + SIDE, bottom, top))
             sheet.text(left + SIDE / 2, top - 0.04, caption, fontsize=7.5, ha="center", va="bottom")
-        top += tallest + CAPTION + CELL - SIDE
+        top += tallest + CAPTION + GAP
     sheet.set(xlim=(0, width), ylim=(height, 0))
     sheet.axis("off")
     figure.text(0.5, 1 - HEAD / 2 / height, title, fontsize=11, ha="center", va="center")

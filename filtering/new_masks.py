@@ -16,7 +16,7 @@ from PIL import Image
 from common.config import Data
 from common.console import UserError
 from common.files import replacing, write_text, writing
-from common.masks import IGNORE, code_of, name_of, read_mask_file
+from common.masks import IGNORE, colour_codes, name_of, read_mask_file
 from common.palette import IGNORED, class_colours, rgb
 from common.patterns import SUFFIXES
 from dataset import NEW_MASKS, WRITTEN, Tile
@@ -63,13 +63,12 @@ def reject_other_order(tile: Tile, data: Data) -> None:
     file = read_mask_file(path, data.of_new_masks)
     if not file.palette:
         return
-    ours = [code_of(f"{red:02x}{green:02x}{blue:02x}") for red, green, blue in
-            (*class_colours(len(data.classes)).tolist(), rgb(IGNORED).tolist())]
-    own = dict(zip((*range(len(data.classes)), IGNORE), ours, strict=True))
+    ours = colour_codes(np.stack([*class_colours(len(data.classes)), rgb(IGNORED)])).tolist()
+    indices = [*range(len(data.classes)), IGNORE]
     for index in np.unique(file.codes).tolist():
         colour = file.palette[index]
-        if colour in ours and colour != own[index]:
-            right = next(index for index, value in own.items() if value == colour)
+        if colour in ours and colour != ours[indices.index(index)]:
+            right = indices[ours.index(colour)]
             raise UserError(f"{path}: the colour {name_of(colour)} stands for {right}, but has the index {index} in "
                             "this file. The program that saved it has changed the order of the colours. Save the mask "
                             "as a grey image that holds the index of a class, or 255 for none")

@@ -14,13 +14,12 @@ from common.console import Progress, UserError
 from common.masks import COLOUR, IGNORE, count_classes, count_codes, name_of, read_mask_file
 from common.pictures import picture_size
 from common.store import read_pair, reject_different_sizes
-from common.workers import ParallelMap, cores, worker_map
+from common.workers import ParallelMap, worker_map, workers_for
 from dataset import MODEL, REPAIRED, SPLITS, Tile, digest_of, find_pairs, places_by_group, split_by_group
 from filtering import audit, manual_edits
 from filtering.new_masks import encode, made_by_hand, reject_other_order
 from filtering.repair import NewMask, relabel, repair
 
-TILES_PER_WORKER = 64  # fewer are judged before another process has started
 SHOWN = 8  # codes in a message, if there are more than MOST_LISTED
 MOST_LISTED = 20  # with more codes, masks are taken to be smooth or smeared
 REPAIRABLE = ("misregistered", "unmarked", "shifted", "disputed")
@@ -97,7 +96,7 @@ def filter_tiles(config: Config, workers: int | None = None, before: Sequence[Ti
     model = load_model(tiles)
     by_hand = frozenset(made_by_hand(tiles, data))
     refused = manual_edits.refused_masks(tiles, before)
-    with worker_map(workers or min(cores(), len(tiles) // TILES_PER_WORKER)) as parallel_map:
+    with worker_map(workers or workers_for(len(tiles))) as parallel_map:
         surveyed = survey_masks(tiles, config, parallel_map)
         announce(surveyed)
         tiles = list(surveyed.tiles)

@@ -90,7 +90,7 @@ def _checked(given: np.ndarray, labels: np.ndarray, measured: Mapping[str, float
     if lost > limits.max_ignored:
         return NewMask(None, ignored, f"a new mask would lose {lost:.0%} of its pixels to ignore")
     foreground = np.count_nonzero(labels[labelled]) / left if left else None
-    problem = verdict(replace(Tile("", "", ""), foreground=foreground, **measured), limits)
+    problem = verdict(Tile("", "", "", foreground=foreground, **measured), limits)
     if problem:
         return NewMask(None, ignored, f"a new mask would {WOULD[problem]}")
     parts = [what, f"{lost:.1%} ignored" if lost > 0 else ""]  # a rotation may round up

@@ -18,7 +18,7 @@ from common.config_files import apply_overrides, leaves, load_config
 from common.console import Progress, UserError, argument_parser, command, run, warn
 from dataset import TILE_LIST, identity, read_tiles
 from train import RESUME_MAY_CHANGE, reason_to_end
-from training.checkpoints import load_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 
@@ -27,15 +27,11 @@ def part_config(config: Config, part: int, parts: int) -> Config:
     return apply_overrides(config, [f"name={config.name}.part{part}", f"train.leave_out={part}/{parts}"])
 
 
-def is_complete(config: Config, folder: Path) -> bool:
+def finished(config: Config, folder: Path) -> Checkpoint | None:
+    """Return the last checkpoint of a run that is complete."""
     path = folder / "checkpoints" / "last.pt"
-    return path.is_file() and bool(reason_to_end(load_checkpoint(path).history, config))
-
-
-def has_todays_tiles(config: Config, folder: Path) -> bool:
-    """Return whether a run was trained with the tiles and masks that the list holds now."""
-    return load_checkpoint(folder / "checkpoints" / "last.pt").tiles_identity == identity(
-        read_tiles(config.data), config.data)
+    checkpoint = load_checkpoint(path) if path.is_file() else None
+    return checkpoint if checkpoint and reason_to_end(checkpoint.history, config) else None
 
 
 def reject_another(config: Config, folder: Path) -> None:
@@ -62,14 +58,16 @@ def main() -> None:
     config = load_config(args.config, args.overrides)
     if config.train.leave_out:
         raise UserError("train.leave_out is what this tool sets; leave it out")
+    todays_tiles = identity(read_tiles(config.data), config.data)
     with Progress("train parts", args.parts, "part") as progress:
         for part in range(1, args.parts + 1):
             own = part_config(config, part, args.parts)
             folder = Path("runs") / own.name
             reject_another(own, folder)
-            if is_complete(own, folder):
+            checkpoint = finished(own, folder)
+            if checkpoint:
                 print(f"{folder}: complete", flush=True)
-                if not has_todays_tiles(own, folder):
+                if checkpoint.tiles_identity != todays_tiles:
                     warn(f"{folder} was trained with other tiles or masks than {TILE_LIST} names now. To train it "
                          "anew, remove the folder")
             else:

@@ -151,9 +151,6 @@ def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[s
     """Return title, header and rows of each table."""
     counts = {defect: Counter(verdict(one.tile, limits) or "kept" for one in planted if one.defect == defect)
               for defect in ("none", *DEFECTS)}
-    sources = {"image": ""}
-    if any((one.asked or one.tile).model_confidence is not None for one in planted):
-        sources["model"] = "model_"
     names = ["kept", *(name for name in DROPPED if any(name in count for count in counts.values()))]
     caught = []
     for defect in OF_MASKS:
@@ -174,6 +171,9 @@ def tables(planted: Sequence[Planted], limits: Filter) -> list[tuple[str, list[s
         left = [one for one in planted if not verdict(one.tile, settings)]
         wrong.append([name, str(len(left)), str(sum(one.defect != "none" for one in left)),
                       f"{np.mean([one.wrong for one in left]):.2%}" if left else "-"])
+    sources = {"image": ""}
+    if any((one.asked or one.tile).model_confidence is not None for one in planted):
+        sources["model"] = "model_"
     return [("Defects that can be seen, and others", ["defect", "tiles", "found", "wrong pixels of the rest"], caught),
             ("Verdict by planted defect", ["defect", "tiles", *names],
              [[defect, str(count.total()), *(str(count[name]) for name in names)] for defect, count in counts.items()]),
@@ -252,8 +252,9 @@ def main() -> None:
     limits = apply_overrides(config, args.overrides, [f"filter.{name}" for name in LIMITS]).filter
     parts = tables(planted, limits)
     kept = Kept.of(args.data, config.data)
-    parts.append(("Masks in use, as the filter left them", ["tiles kept", "pixels kept", "wrong pixels"],
-                  [[f"{kept.tiles:.1%}", f"{kept.pixels:.1%}", f"{kept.wrong:.2%}"]]))
+    parts.append(("Masks in use, as the filter left them",
+                  ["tiles kept", "pixels kept", "wrong pixels", "moved masks dropped"],
+                  [[f"{kept.tiles:.1%}", f"{kept.pixels:.1%}", f"{kept.wrong:.2%}", f"{kept.moved_dropped:.0%}"]]))
     for name, thresholds in THRESHOLDS.items():
         points = curve(planted, limits, name, thresholds)
         parts.append((f"Threshold of {name}", [name, *(f"{threshold:g}" for threshold, *_ in points)],

@@ -43,7 +43,7 @@ from common.masks import read_mask
 from common.workers import THREAD_VARIABLES, cores
 from evaluation.candidates import candidate_of_run
 from evaluation.metrics import confusion, dice, mean_present
-from tools.cross_fit import is_complete, part_config
+from tools.cross_fit import finished, part_config
 from tools.filter_accuracy import Kept, read_truth
 
 CODE = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ class Trial:
             config = part_config(config, part, PARTS)
             own = [f"name={config.name}", f"train.leave_out={config.train.leave_out}"]
         folder = self.folder / "runs" / config.name
-        if folder.exists() and is_complete(config, folder):
+        if finished(config, folder):
             return
         self.call(CODE / "train.py", *(["--resume", f"runs/{config.name}"] if folder.exists() else
                                        ["--config", CONFIG, *self.settings(arm), *own]))

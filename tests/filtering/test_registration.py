@@ -123,7 +123,7 @@ def test_of_moves_that_fit_about_as_well_the_nearest_is_chosen():
 
 def test_one_move_of_each_neighbourhood_is_refined():
     in_place, found = chosen({(0, 0, 0): 0.9, (0, 2, 0): 0.5, (5, 2, 0): 0.51, (20, 0, 0): 0.6, (-20, 0, 1): 0.7,
-                                    (30, 3, 3): 0.8})
+                              (30, 3, 3): 0.8})
     assert in_place == 0.9 and [value for value, _ in found] == [0.5, 0.6, 0.7]
     assert found[0][1] == Move(0, -8, 0), "the mask lies too high, since it fits when it is moved down"
 
