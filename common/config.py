@@ -156,6 +156,37 @@ class Filter:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """How training crops are varied (training/augmentation.py); the default is the flips of section 5.1.1.
+
+    Numbers are the largest change. Each crop draws its own from the whole range; 0 is off.
+    """
+
+    flips: bool = True  # upside down, and left and right swapped, each for half of the crops
+    right_angles: bool = False  # rows and columns swapped for half of the crops; with flips, the 8 turns and flips
+    rotate: float = 0.0  # degrees, to either side
+    scale: float = 0.0  # 0.25: from 1/1.25 to 1.25 times as large
+    elastic: float = 0.0  # pixels, deviation of the moves of 3 x 3 points (Ronneberger et al. 2015: 10)
+    stain: float = 0.0  # haematoxylin and eosin (Tellez et al. 2019: 0.05 is light, 0.2 strong)
+    brightness: float = 0.0  # 0.2: from 0.8 to 1.2 times as bright
+    contrast: float = 0.0  # 0.2: from 0.8 to 1.2 times the contrast
+    blur: float = 0.0  # pixels, sigma of a Gaussian
+    noise: float = 0.0  # grey levels of 255, deviation
+
+    def __post_init__(self):
+        for name, most in (("rotate", 180), ("scale", 1), ("elastic", 100), ("stain", 0.9), ("brightness", 0.9),
+                           ("contrast", 0.9), ("blur", 10), ("noise", 100)):
+            value = getattr(self, name)
+            check(0 <= value <= most, f"augment.{name} must lie between 0 and {most}; it is {value}")
+
+    @property
+    def needs_views(self) -> bool:
+        """Whether crops are changed by more than flips and right angles."""
+        return any((self.rotate, self.scale, self.elastic, self.stain, self.brightness, self.contrast, self.blur,
+                    self.noise))
+
+
+@dataclass(frozen=True)
 class Model:
     """The U-Net of section 4.2."""
 
@@ -242,6 +273,7 @@ class Config:
     device: str = "auto"  # auto = CUDA, else MPS, else CPU
     data: Data = field(default_factory=Data)
     filter: Filter = field(default_factory=Filter)
+    augment: Augment = field(default_factory=Augment)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)

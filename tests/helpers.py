@@ -165,5 +165,6 @@ def numpy_batches(crops, store, batch_size: int):
             top, left = crops.top[i], crops.left[i]
             window = store.tile(crops.rows[i])[top:top + crops.size, left:left + crops.size]
             window = np.flip(window, 0) if crops.flip_vertical[i] else window
-            batch.append(np.flip(window, 1) if crops.flip_horizontal[i] else window)
+            window = np.flip(window, 1) if crops.flip_horizontal[i] else window
+            batch.append(window.swapaxes(0, 1) if crops.transpose[i] else window)
         yield np.stack(batch)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.config import Augment
 from common.console import UserError
 from common.masks import IGNORE
 from common.randomness import generator
 from common.store import Store
 from dataset import places_by_group
+from training.augmentation import Views, draw_views, margin
 
 
 def draw_folds(groups: Sequence[str], count: int, images_per_epoch: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -52,7 +54,7 @@ def _advice_on_folds(groups: int, tiles: int, images_per_epoch: int) -> str:
 class Crops:
     """Windows of tiles, one for each image that the network sees; all arrays have the shape (n,).
 
-    A window may reach over the border of a smaller tile. There it shows the tile's mirror image, without a class.
+    A window may reach over the border of its tile. There it shows the tile's mirror image, without a class.
     """
 
     rows: np.ndarray  # of the store: the tile of each window
@@ -60,27 +62,37 @@ class Crops:
     left: np.ndarray
     flip_vertical: np.ndarray  # upside down
     flip_horizontal: np.ndarray  # left and right swapped
-    size: int
+    transpose: np.ndarray  # rows and columns swapped, after the flips
+    size: int  # of the image that the network sees
+    views: Views | None = None  # how it shows its window
+    margin: int = 0  # pixels by which a window is larger on each side
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def window(self) -> int:
+        """The side of a window in pixels."""
+        return self.size + 2 * self.margin
+
     def cut(self, store: Store, part: range, batch: np.ndarray) -> None:
-        """Fill a batch (B, size, size, 4) uint8 with the crops `part`."""
+        """Fill a batch (B, window, window, 4) uint8 with the windows `part`."""
         for target, i in zip(batch.view(np.uint32)[..., 0], part, strict=True):
             pixels = store.tile(self.rows[i]).view(np.uint32)[..., 0]  # (H, W): one number is copied faster than four
-            top, left = self.top[i], self.left[i]
-            if min(pixels.shape) < self.size:
+            top, left = self.top[i] - self.margin, self.left[i] - self.margin
+            bottom, right = top + self.window, left + self.window
+            if min(top, left) < 0 or bottom > pixels.shape[0] or right > pixels.shape[1]:
                 window = self._mirrored(pixels, top, left)
             else:
-                window = pixels[top:top + self.size, left:left + self.size]
+                window = pixels[top:bottom, left:right]
             step_y, step_x = (-1 if flip[i] else 1 for flip in (self.flip_vertical, self.flip_horizontal))
-            target[:] = window[::step_y, ::step_x]
+            window = window[::step_y, ::step_x]
+            target[:] = window.T if self.transpose[i] else window
 
     def _mirrored(self, pixels: np.ndarray, top: int, left: int) -> np.ndarray:
-        """Return a window (size, size) uint32 that reaches over the border of a tile (H, W) uint32."""
+        """Return a window (window, window) uint32 that reaches over the border of a tile (H, W) uint32."""
         (rows, inside_rows), (columns, inside_columns) = (
-            mirrored(start + np.arange(self.size), length)
+            mirrored(start + np.arange(self.window), length)
             for start, length in zip((top, left), pixels.shape, strict=True))
         window = np.ascontiguousarray(pixels[np.ix_(rows, columns)])
         window.view(np.uint8).reshape(*window.shape, 4)[~np.logical_and.outer(inside_rows, inside_columns), 3] = IGNORE
@@ -93,25 +105,27 @@ def mirrored(positions: np.ndarray, length: int | np.ndarray) -> tuple[np.ndarra
     return np.where(places < length, places, 2 * length - 1 - places), (positions >= 0) & (positions < length)
 
 
-def training_crops(folds: Sequence[np.ndarray], fold: int, sizes: np.ndarray, size: int, seed: int,
-                   epoch: int) -> Crops:
-    """Draw crops of all folds but `fold`: shuffled, with random windows and independent flips (section 5.1.1).
+def training_crops(folds: Sequence[np.ndarray], fold: int, sizes: np.ndarray, size: int, seed: int, epoch: int,
+                   augment: Augment = Augment()) -> Crops:  # noqa: B008 (it cannot change)
+    """Draw crops of all folds but `fold`: shuffled, with random windows, independent flips (section 5.1.1) and views.
 
     `folds` hold rows of the store, whose tiles have `sizes` (N, 2).
     """
     random = generator(seed, epoch, fold, "training crops")
     rows = random.permutation(np.concatenate([rows for i, rows in enumerate(folds) if i != fold]))
     top, left = _windows(random, sizes[rows], size)
-    flips = random.random((2, len(rows))) < 0.5
-    return Crops(rows, top, left, flips[0], flips[1], size)
+    flips = (random.random((2, len(rows))) < 0.5) & augment.flips
+    transpose = (generator(seed, epoch, fold, "augment right angles").random(len(rows)) < 0.5) & augment.right_angles
+    views = draw_views(augment, len(rows), seed, epoch, fold)
+    return Crops(rows, top, left, *flips, transpose, size, views, margin(augment, size))
 
 
 def validation_crops(folds: Sequence[np.ndarray], fold: int, sizes: np.ndarray, size: int, seed: int,
                      epoch: int) -> Crops:
     """Draw crops of the fold itself: one random window for each image, without flips."""
     top, left = _windows(generator(seed, epoch, fold, "validation crops"), sizes[folds[fold]], size)
-    no_flip = np.zeros(len(folds[fold]), bool)
-    return Crops(folds[fold], top, left, no_flip, no_flip, size)
+    no = np.zeros(len(folds[fold]), bool)
+    return Crops(folds[fold], top, left, no, no, no, size)
 
 
 def _windows(random: np.random.Generator, sizes: np.ndarray, size: int) -> list[np.ndarray]:

@@ -45,7 +45,7 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
     plan = config.train
     places = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch)
     folds = [data.rows[fold] for fold in places]  # rows of the store
-    window = data.store.sizes, config.data.crop, config.seed, epoch
+    keys = data.store.sizes, config.data.crop, config.seed, epoch
     survivor, survivor_state, lowest, val_losses = None, None, math.inf, []
     start = learner.take_snapshot()
     with Progress("", plan.folds * plan.images_per_epoch, "image") as progress:
@@ -53,8 +53,10 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
             progress.title = f"epoch {epoch}/{plan.epochs} fold {fold + 1}/{plan.folds}"
             learner.restore_snapshot(start)
             torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
-            train_loss = run_pass(learner, data, training_crops(folds, fold, *window), plan.batch_size, True, progress)
-            val_loss = run_pass(learner, data, validation_crops(folds, fold, *window), plan.batch_size, False, progress)
+            crops = training_crops(folds, fold, *keys, config.augment)
+            train_loss = run_pass(learner, data, crops, plan.batch_size, True, progress)
+            crops = validation_crops(folds, fold, *keys)
+            val_loss = run_pass(learner, data, crops, plan.batch_size, False, progress)
             val_losses.append(val_loss)
             if val_loss < lowest and not math.isnan(train_loss):  # false for NaN, which argmin would choose
                 lowest = val_loss

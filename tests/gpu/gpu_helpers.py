@@ -63,11 +63,11 @@ def exact_learner(config: Config) -> tuple[Learner, training_set.TrainingSet]:
 
 
 def random_crops(rows: np.ndarray, tile_size: Sequence[int], size: int, count: int, seed: int = 0) -> Crops:
-    """Draw random windows of these rows of a store whose tiles have one size, randomly flipped."""
+    """Draw random windows of these rows of a store whose tiles have one size, randomly flipped and turned."""
     random = np.random.default_rng(seed)
     top, left = (random.integers(0, length - size + 1, count) for length in tile_size)
-    flips = random.random((2, count)) < 0.5
-    return Crops(random.choice(rows, count), top, left, flips[0], flips[1], size)
+    turns = random.random((3, count)) < 0.5
+    return Crops(random.choice(rows, count), top, left, *turns, size)
 
 
 def crops_for(data: training_set.TrainingSet, config: Config, batches: int, seed: int = 0) -> Crops:

@@ -75,8 +75,8 @@ def test_crops_of_a_store_of_9_gb_equal_those_that_numpy_cuts(device, record):
     here = random_crops(np.arange(len(filled)), (side, side), size, count=4 * len(filled))
     corner = [np.append(values, [0, side - size]) for values in (here.top, here.left)]  # up to the last pixel
     here = Crops(np.append(here.rows, [len(filled) - 1] * 2), *corner, np.append(here.flip_vertical, [False, True]),
-                 np.append(here.flip_horizontal, [False, True]), size)
-    there = Crops(np.array(filled)[here.rows], here.top, here.left, here.flip_vertical, here.flip_horizontal, size)
+                 np.append(here.flip_horizontal, [False, True]), np.append(here.transpose, [False, True]), size)
+    there = replace(here, rows=np.array(filled)[here.rows])
     assert_batches_equal(batches_on(device, there, store, 16), numpy_batches(here, as_store(known), 16), device)
     record("largest store that was gathered from", bytes_needed / 1e9, unit="GB")
 
@@ -108,7 +108,7 @@ def test_each_of_10000_batches_arrives_with_its_own_pixels(device, marked, recor
     rows = np.random.default_rng(0).permutation(MARKED)
     of_four = np.repeat(rows, 4)  # each batch is four crops of one tile
     zero, upright = np.zeros(len(of_four), int), np.zeros(len(of_four), bool)
-    crops = Crops(of_four, zero, zero, upright, upright, SIDE)
+    crops = Crops(of_four, zero, zero, upright, upright, upright, SIDE)
     found = arrived(batches_on(device, crops, marked, 4), MARKED, device)
     expected = torch.from_numpy(rows.astype(np.int32)).expand(2, -1)
     record("pinned batches that arrived with other pixels, of 10,000", int((found != expected).any(0).sum()),

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_the_oracle_flips_image_and_mask_alike():
     """`helpers.numpy_batches`, with which other tests compare."""
     tiles = np.random.default_rng(0).integers(0, 255, (3, 10, 12, 4)).astype(np.uint8)
-    crops = Crops(*(np.array(v) for v in ([2, 0, 1], [0, 6, 3], [8, 0, 5], [0, 1, 1], [1, 0, 1])), size=4)
+    crops = Crops(*(np.array(v) for v in ([2, 0, 1], [0, 6, 3], [8, 0, 5], [0, 1, 1], [1, 0, 1], [0, 0, 0])), size=4)
     batches = list(numpy_batches(crops, as_store(tiles), 2))
     assert [batch.shape for batch in batches] == [(2, 4, 4, 4), (1, 4, 4, 4)]
     windows = np.concatenate(batches)

@@ -135,7 +135,7 @@ def test_images_of_ignored_pixels_are_in_no_mean(tiny):
     blank = replace(data, store=as_store(tiles))
 
     def loss(data, rows):
-        crops = Crops(rows, *(np.zeros(len(rows), int) for _ in range(4)), size=16)
+        crops = Crops(rows, *(np.zeros(len(rows), int) for _ in range(5)), size=16)
         with Progress("", 1) as progress:
             return epochs.run_pass(learner, data, crops, 2, False, progress)
 
