@@ -8,7 +8,7 @@ One epoch: deal the slides into k folds and draw train.images_per_epoch / k from
 models, each on k - 1 folds, and validate each on its remaining fold. The model with the lowest validation loss
 survives: its weights and Adam state start the next epoch. The moving average of its training loss drives the learning
 rate. A resumed run equals an uninterrupted one bit for bit (same machine, same number of threads), because randomness
-depends only on seed, epoch, fold and purpose.
+depends only on seed, epoch, fold and purpose. train.scheme=plain trains one model, which a fixed fold validates.
 """
 
 import math
@@ -92,12 +92,13 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
                 optimizer=learner.optimizer.state_dict(), scheduler=learner.scheduler.state_dict())
         write_csv(folder / "metrics.csv", history)
         if time.monotonic() - drawn > SECONDS_BETWEEN_FIGURES:
-            palette.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
+            palette.save(figures.losses(history, config.train.models, config.name), folder / "figures" / "losses.png")
             drawn = time.monotonic()
+        survivor = f"  survivor {row['survivor']}" if config.train.models > 1 else ""
         print(f"epoch {row['epoch']}/{config.train.epochs}  train {row['train_loss']:.4f} (EMA {row['train_ema']:.4f})"
-              f"  validation {row['val_loss']:.4f} (EMA {row['val_ema']:.4f})  survivor {row['survivor']}"
+              f"  validation {row['val_loss']:.4f} (EMA {row['val_ema']:.4f}){survivor}"
               f"  lr {row['lr']:.1e}  {row['seconds']:.1f} s{'  best' if is_best else ''}", flush=True)
-    palette.save(figures.losses(history, config.train.folds, config.name), folder / "figures" / "losses.png")
+    palette.save(figures.losses(history, config.train.models, config.name), folder / "figures" / "losses.png")
     print(f"\n{reason_to_end(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv, figures/losses.png\n"
           f"next:  {command('python', 'evaluate.py', str(folder))}")
 
@@ -112,7 +113,7 @@ def run_next_epoch(learner: Learner, data: TrainingSet, config: Config, history:
     learner.scheduler.step(row["train_ema"])
     seconds = time.monotonic() - started
     return row | {"lr": lr, "seconds": round(seconds, 3),
-                  "images_per_second": round(config.train.folds * config.train.images_per_epoch / seconds, 1),
+                  "images_per_second": round(config.train.images / seconds, 1),
                   "peak_memory_mb": round(peak_memory_mb(learner.device))}
 
 

@@ -245,6 +245,7 @@ class Optim:
 class Train:
     """How long training lasts and what an epoch consists of (sections 5.1.2 and 5.2)."""
 
+    scheme: Literal["kfold", "plain"] = "kfold"  # k models in each epoch, or one that a fixed fold validates
     epochs: int = 250
     folds: int = 5
     images_per_epoch: int = 4000
@@ -262,6 +263,16 @@ class Train:
             check(getattr(self, name) >= least, f"train.{name} must be at least {least}; it is {getattr(self, name)}")
         check(self.images_per_epoch % self.folds == 0, f"train.images_per_epoch ({self.images_per_epoch}) must be a "
               f"multiple of train.folds ({self.folds}), so that all folds have one size")
+
+    @property
+    def models(self) -> int:
+        """The number of models that are trained in an epoch."""
+        return self.folds if self.scheme == "kfold" else 1
+
+    @property
+    def images(self) -> int:
+        """The number of images that the models of an epoch see, to learn or to be validated."""
+        return self.models * self.images_per_epoch
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,26 @@ from dataset import places_by_group
 from training.augmentation import Views, draw_views, margin
 
 
-def draw_folds(groups: Sequence[str], count: int, images_per_epoch: int, seed: int, epoch: int) -> list[np.ndarray]:
+def draw_folds(groups: Sequence[str], count: int, images_per_epoch: int, seed: int, epoch: int,
+               fixed: bool = False) -> list[np.ndarray]:
     """Draw `count` folds of `images_per_epoch / count` indices of tiles; no group is in two folds (section 5.1.2).
 
     `groups` holds the group of each tile; "" means the tile alone. The groups are dealt in random order, each to the
     fold with the fewest tiles. A fold with more tiles than it needs uses some of them. One with fewer repeats them.
+    With `fixed`, folds hold the same groups in every epoch, and the first fold, which validates, the same tiles.
     Raises a `UserError` if there are fewer groups than folds.
     """
     if (number := len({group or i for i, group in enumerate(groups)})) < count:
         raise UserError(f"each of the {count} folds (train.folds) needs a group (slide, patient) of its own, but the "
                         f"training tiles ({len(groups)}) have {number}: "
                         f"{_advice_on_folds(number, len(groups), images_per_epoch)}")
-    random = generator(seed, epoch, 0, "folds")
-    return [np.resize(random.permutation(tiles), images_per_epoch // count) for tiles in deal(groups, count, random)]
+    random = generator(seed, 0 if fixed else epoch, 0, "folds")
+    dealt = deal(groups, count, random)
+    folds = [np.resize(random.permutation(tiles), images_per_epoch // count) for tiles in dealt]
+    if fixed:
+        random = generator(seed, epoch, 0, "tiles of fixed folds")
+        folds[1:] = [np.resize(random.permutation(tiles), images_per_epoch // count) for tiles in dealt[1:]]
+    return folds
 
 
 def deal(groups: Sequence[str], count: int, random: np.random.Generator) -> list[list[int]]:

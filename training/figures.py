@@ -9,14 +9,17 @@ from common.palette import FOLD, TRAIN, VALIDATION
 
 
 def losses(history: Sequence[dict], folds: int, title: str) -> Figure:
-    """Draw training and validation loss of each epoch, raw and as EMA; dots are the validation losses of all folds."""
+    """Draw training and validation loss of each epoch, raw and as EMA; dots are the validation losses of all folds.
+
+    `folds` is the number of models of an epoch; one is plain training.
+    """
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for fold in range(folds):
+    for fold in range(folds) if folds > 1 else ():
         axes.plot(epochs, [row[f"val_loss_{fold}"] for row in history], ".", color=FOLD, alpha=0.45, markersize=4,
                   label="validation, each fold" if fold == 0 else None)
-    for name, colour, label in (("train", TRAIN, "training"), ("val", VALIDATION, "validation of the survivor")):
+    for name, colour, label in (("train", TRAIN, "training"), ("val", VALIDATION, "validation of the survivor" if folds > 1 else "validation")):
         axes.plot(epochs, [row[f"{name}_loss"] for row in history], color=colour, alpha=0.35, linewidth=1)
         axes.plot(epochs, [row[f"{name}_ema"] for row in history], color=colour, linewidth=2,
                   label=f"{label}: EMA (thin: raw)")

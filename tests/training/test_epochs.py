@@ -141,3 +141,45 @@ def test_images_of_ignored_pixels_are_in_no_mean(tiny):
 
     assert loss(blank, rows) == pytest.approx(loss(data, np.array([0, 1, 4, 5])), rel=1e-5)
     assert math.isnan(loss(blank, rows[2:4]))
+
+
+# ---------------------------------------------------------------------------------------------- plain training
+
+def test_fixed_folds_hold_the_same_groups_and_the_first_the_same_tiles_in_every_epoch():
+    groups = [f"g{i % 17}" for i in range(103)]
+    drawn = [draw_folds(groups, 4, 40, seed=3, epoch=epoch, fixed=True) for epoch in range(1, 20)]
+    names = [{groups[i] for epoch in drawn for i in epoch[fold]} for fold in range(4)]
+    assert sum(map(len, names)) == len(set().union(*names)) == 17, "no group is ever in two folds"
+    assert len({tuple(folds[0]) for folds in drawn}) == 1
+    assert all(len({tuple(folds[fold]) for folds in drawn}) == 19 for fold in (1, 2, 3))
+    tiles = {int(i) for folds in drawn for fold in folds[1:] for i in fold}
+    assert tiles == {i for i, group in enumerate(groups) if group not in names[0]}, "all others are learned from"
+    other = draw_folds(groups, 4, 40, seed=4, epoch=1, fixed=True)
+    assert {groups[i] for i in other[0]} != names[0]
+
+
+def test_a_plain_epoch_continues_one_model_and_validates_it_on_the_same_images(tiny, monkeypatch):
+    config = apply_overrides(tiny, ["train.scheme=plain", "train.folds=3"])
+    data = prepare_data(config)
+    learner, passes = build_learner(config, data.statistics), []
+
+    def fake_pass(learner, data, crops, batch_size, training, progress):
+        passes.append((training, crops, {data.store.tile(row)[0, 0].tobytes() for row in crops.rows}))
+        if training:
+            with torch.no_grad():
+                learner.model.head.bias += 1
+        return 5.0
+
+    monkeypatch.setattr(epochs, "run_pass", fake_pass)
+    before = learner.model.head.bias.clone()
+    rows = [epochs.run_epoch(learner, data, config, epoch) for epoch in (1, 2, 3)]
+    assert rows[0] == {"survivor": 0, "train_loss": 5.0, "val_loss": 5.0, "val_loss_0": 5.0}
+    assert torch.equal(learner.model.head.bias, before + 3), "each epoch starts where the last one ended"
+    assert [training for training, _, _ in passes] == [True, False] * 3
+    trained, validated = passes[::2], passes[1::2]
+    assert [len(crops) for _, crops, _ in passes] == [8, 4] * 3
+    for _, crops, _ in validated:
+        assert all(np.array_equal(getattr(crops, name), getattr(validated[0][1], name)) for name in
+                   ("rows", "top", "left"))
+    assert len({tuple(crops.top) for _, crops, _ in trained}) == 3
+    assert not {row for _, crops, _ in trained for row in crops.rows} & set(validated[0][1].rows)

@@ -85,7 +85,7 @@ def epoch(setting: Setting, plan: Train, model: Model, tiles: int) -> dict:
     data = training_set.TrainingSet(store, np.arange(tiles), [Tile("", "", "")] * tiles, STATISTICS, "")
     numbers = itertools.count(1)
     seconds = timed(lambda: epochs.run_epoch(learner, data, config, next(numbers)), setting, 1 if setting.quick else 3)
-    images = plan.folds * plan.images_per_epoch
+    images = plan.images
     return plain_row(seconds, None, f"s an epoch of {images} images", images_per_second=round(images / seconds, 1),
                      peak_memory_mb=round(peak_memory_mb(learner.device)))
 
