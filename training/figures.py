@@ -19,7 +19,8 @@ def losses(history: Sequence[dict], folds: int, title: str) -> Figure:
     for fold in range(folds) if folds > 1 else ():
         axes.plot(epochs, [row[f"val_loss_{fold}"] for row in history], ".", color=FOLD, alpha=0.45, markersize=4,
                   label="validation, each fold" if fold == 0 else None)
-    for name, colour, label in (("train", TRAIN, "training"), ("val", VALIDATION, "validation of the survivor" if folds > 1 else "validation")):
+    validation = "validation of the survivor" if folds > 1 else "validation"
+    for name, colour, label in (("train", TRAIN, "training"), ("val", VALIDATION, validation)):
         axes.plot(epochs, [row[f"{name}_loss"] for row in history], color=colour, alpha=0.35, linewidth=1)
         axes.plot(epochs, [row[f"{name}_ema"] for row in history], color=colour, linewidth=2,
                   label=f"{label}: EMA (thin: raw)")

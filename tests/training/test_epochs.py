@@ -147,14 +147,14 @@ def test_images_of_ignored_pixels_are_in_no_mean(tiny):
 
 def test_fixed_folds_hold_the_same_groups_and_the_first_the_same_tiles_in_every_epoch():
     groups = [f"g{i % 17}" for i in range(103)]
-    drawn = [draw_folds(groups, 4, 40, seed=3, epoch=epoch, fixed=True) for epoch in range(1, 20)]
+    drawn = [draw_folds(groups, 4, 160, seed=3, epoch=epoch, fixed=True) for epoch in range(1, 20)]
     names = [{groups[i] for epoch in drawn for i in epoch[fold]} for fold in range(4)]
     assert sum(map(len, names)) == len(set().union(*names)) == 17, "no group is ever in two folds"
     assert len({tuple(folds[0]) for folds in drawn}) == 1
     assert all(len({tuple(folds[fold]) for folds in drawn}) == 19 for fold in (1, 2, 3))
     tiles = {int(i) for folds in drawn for fold in folds[1:] for i in fold}
     assert tiles == {i for i, group in enumerate(groups) if group not in names[0]}, "all others are learned from"
-    other = draw_folds(groups, 4, 40, seed=4, epoch=1, fixed=True)
+    other = draw_folds(groups, 4, 160, seed=4, epoch=1, fixed=True)
     assert {groups[i] for i in other[0]} != names[0]
 
 
