@@ -2,6 +2,7 @@
 
     python train.py --config configs/dice_ce.yaml
     python train.py --config configs/dice_ce.yaml name=lr3 optim.lr=1e-3 data.root=data/demo
+    python train.py --config configs/dice_ce.yaml seed=0,1,2
     python train.py --resume runs/dice_ce
 
 One epoch: deal the slides into k folds and draw train.images_per_epoch / k from each. From the same start, train k
@@ -12,32 +13,80 @@ depends only on seed, epoch, fold and purpose. train.scheme=plain trains one mod
 """
 
 import math
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from common import palette
 from common.config import Config
-from common.config_files import apply_overrides, load_config
+from common.config_files import apply_overrides, leaves, load_config
 from common.console import UserError, argument_parser, command, run
 from common.devices import peak_memory_mb
 from common.files import WriteError, write_csv
 from common.memory import enough_memory, reuse_memory
-from training import checkpoints, figures, run_folder
+from training import checkpoints, run_folder
 from training.epochs import moving_average, run_epoch
 from training.learner import Learner, build_learner
 from training.training_set import TrainingSet, prepare_data
+from training.watch import Watch
 
 RESUME_MAY_CHANGE = ("device", "data.root", "data.cache", "train.epochs", "train.early_stop")
-SECONDS_BETWEEN_FIGURES = 60
 LESS_MEMORY = ("start a new run with a smaller train.batch_size (half of it needs half the memory), a smaller "
                "data.crop (half of it needs a quarter) or smaller model.widths")
 
 
-def start(config: Config) -> None:
+def configs_of_seeds(path: str, overrides: list[str]) -> list[Config]:
+    """Load a config once for each of several seeds: seed=0,1 gives the runs NAME-seed0 and NAME-seed1."""
+    several = [override for override in overrides if re.fullmatch(r"seed=\d+(,\d+)+", override)]
+    if not several:
+        return [load_config(path, overrides)]
+    config = load_config(path, [override for override in overrides if not override.startswith("seed=")])
+    seeds = dict.fromkeys(map(int, several[-1].removeprefix("seed=").split(",")))
+    return [apply_overrides(config, [f"seed={seed}", f"name={config.name}-seed{seed}"]) for seed in seeds]
+
+
+def train_seeds(configs: Sequence[Config], tensorboard: bool = False) -> None:
+    """Train several runs after each other. One that was interrupted goes on, one that is complete is left alone."""
+    for number, config in enumerate(configs, start=1):
+        folder = Path("runs") / config.name
+        print(f"seed {config.seed}, {number} of {len(configs)}: {folder}", flush=True)
+        if not folder.exists():
+            start(config, tensorboard)
+        else:
+            reject_another(config, folder)
+            if finished(config, folder):
+                print("is complete", flush=True)
+            else:
+                current = dict(leaves(config))
+                resume(folder, [f"{name}={current[name]}" for name in RESUME_MAY_CHANGE], tensorboard)
+    runs = [str(Path("runs") / config.name) for config in configs]
+    print(f"\nall {len(configs)} seeds are trained\nnext:  {command('python', 'evaluate.py', *runs)}")
+
+
+def finished(config: Config, folder: Path) -> checkpoints.Checkpoint | None:
+    """Return the last checkpoint of a run that is complete."""
+    path = folder / "checkpoints" / "last.pt"
+    checkpoint = checkpoints.load_checkpoint(path) if path.is_file() else None
+    return checkpoint if checkpoint and reason_to_end(checkpoint.history, config) else None
+
+
+def reject_another(config: Config, folder: Path) -> None:
+    """Raise a `UserError` if the folder holds a run with other settings."""
+    if not (folder / "config.yaml").is_file():
+        return
+    found = dict(leaves(load_config(folder / "config.yaml")))
+    different = [name for name, value in leaves(config) if found[name] != value and name not in RESUME_MAY_CHANGE
+                 and not name.startswith("filter.")]  # tiles.csv says what came of those
+    if different:
+        name = different[0]
+        raise UserError(f"{folder} was trained with {name}={found[name]}, not {dict(leaves(config))[name]}; choose "
+                        "another name=NAME, or remove the folder")
+
+
+def start(config: Config, tensorboard: bool = False) -> None:
     """Start a run in a new folder, which is created only after the data and the settings were checked."""
     folder = Path("runs") / config.name
     run_folder.reject_existing(folder)
@@ -46,10 +95,10 @@ def start(config: Config) -> None:
     run_folder.create_run(folder, config, data.tiles)
     with run_folder.locked_run(folder), explained_errors(folder):
         run_folder.record_start(folder, config, learner.device, learner.precision)
-        train(learner, data, config, folder, [])
+        train(learner, data, config, folder, [], tensorboard)
 
 
-def resume(folder: Path, overrides: list[str]) -> None:
+def resume(folder: Path, overrides: list[str], tensorboard: bool = False) -> None:
     """Continue a run after its last finished epoch, as if it had not been interrupted."""
     with run_folder.locked_run(folder):
         path = folder / "checkpoints" / "last.pt"
@@ -70,16 +119,17 @@ def resume(folder: Path, overrides: list[str]) -> None:
             learner.restore_checkpoint(checkpoint)
         run_folder.record_start(folder, config, learner.device, learner.precision)
         with explained_errors(folder):
-            train(learner, data, config, folder, checkpoint.history if checkpoint else [])
+            train(learner, data, config, folder, checkpoint.history if checkpoint else [], tensorboard)
 
 
-def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, history: list[dict]) -> None:
+def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, history: list[dict],
+          tensorboard: bool = False) -> None:
     """Run epochs until training ends. After each epoch, everything that `--resume` needs is on disk."""
     if history:
         write_csv(folder / "metrics.csv", history)  # its last row is missing if the run was killed before writing it
     if config.train.compile and not reason_to_end(history, config):
         print("train.compile: the first steps are slow, because the network is compiled", flush=True)
-    drawn = time.monotonic()
+    watch = Watch(folder, config, learner, data, len(history), tensorboard)
     while not reason_to_end(history, config):
         row = run_next_epoch(learner, data, config, history)
         is_best = row["val_loss"] < min((earlier["val_loss"] for earlier in history), default=math.inf)
@@ -91,15 +141,13 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
                 tiles_identity=data.tiles_identity, model=learner.model.state_dict(),
                 optimizer=learner.optimizer.state_dict(), scheduler=learner.scheduler.state_dict())
         write_csv(folder / "metrics.csv", history)
-        if time.monotonic() - drawn > SECONDS_BETWEEN_FIGURES:
-            palette.save(figures.losses(history, config.train.models, config.name), folder / "figures" / "losses.png")
-            drawn = time.monotonic()
+        watch.after_epoch(history)
         survivor = f"  survivor {row['survivor']}" if config.train.models > 1 else ""
         print(f"epoch {row['epoch']}/{config.train.epochs}  train {row['train_loss']:.4f} (EMA {row['train_ema']:.4f})"
               f"  validation {row['val_loss']:.4f} (EMA {row['val_ema']:.4f}){survivor}"
               f"  lr {row['lr']:.1e}  {row['seconds']:.1f} s{'  best' if is_best else ''}", flush=True)
-    palette.save(figures.losses(history, config.train.models, config.name), folder / "figures" / "losses.png")
-    print(f"\n{reason_to_end(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv, figures/losses.png\n"
+    watch.end(history)
+    print(f"\n{reason_to_end(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv, figures/\n"
           f"next:  {command('python', 'evaluate.py', str(folder))}")
 
 
@@ -151,14 +199,21 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="FILE", help="start a run of this experiment, e.g. configs/dice_ce.yaml")
     source.add_argument("--resume", metavar="RUN", type=Path, help="continue this run, e.g. runs/dice_ce")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--tensorboard", action="store_true", help="also write RUN/tensorboard (needs "
+                        "requirements-extra.txt; look at it with: tensorboard --logdir runs)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's; "
+                        "seed=0,1,2 trains three runs")
     args = parser.parse_intermixed_args()
     reuse_memory()
     with enough_memory(LESS_MEMORY):
         if args.resume:
-            resume(args.resume, args.overrides)
+            resume(args.resume, args.overrides, args.tensorboard)
+            return
+        configs = configs_of_seeds(args.config, args.overrides)
+        if len(configs) > 1:
+            train_seeds(configs, args.tensorboard)
         else:
-            start(load_config(args.config, args.overrides))
+            start(configs[0], args.tensorboard)
 
 
 if __name__ == "__main__":

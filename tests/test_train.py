@@ -27,7 +27,7 @@ def test_a_run_leaves_what_the_readme_says(workplace, tiny, capsys):
     run = workplace / "runs/tiny"
     assert {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} == {
         ".lock", "config.yaml", "environment.json", "trained_on.csv", "metrics.csv", "checkpoints/best.pt",
-        "checkpoints/last.pt", "figures/losses.png"}
+        "checkpoints/last.pt", "figures/losses.png", "figures/predictions.png"}
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["epoch", "survivor", "train_loss", "val_loss", "val_loss_0", "val_loss_1", "train_ema",
@@ -64,6 +64,46 @@ def test_one_seed_gives_one_run_and_another_seed_another(workplace, tiny):
     assert a == b != c
 
 
+# ---------------------------------------------------------------------------------------------- several seeds
+
+def test_several_seeds_give_the_runs_of_each_and_go_on_where_they_were_interrupted(workplace, tiny, here, monkeypatch):
+    (workplace / "tiny.yaml").write_text(to_yaml(tiny))
+    command = "train.py", "--config", "tiny.yaml", "seed=3,4", "train.epochs=2"
+    save_checkpoint, saved = checkpoints.save_checkpoint, []
+
+    def killed_in_the_second_run(path, **contents):
+        save_checkpoint(path, **contents)
+        saved.append(path)
+        if path.parts[1] == "tiny-seed4" and len(contents["history"]) == 1 and path.name == "last.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_checkpoint", killed_in_the_second_run)
+        assert here(*command, cwd=workplace).returncode != 0
+    done = (workplace / "runs/tiny-seed3/checkpoints/last.pt").read_bytes()
+    out = here(*command, cwd=workplace)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("is complete") == 1
+    assert out.stdout.endswith("next:  python evaluate.py runs/tiny-seed3 runs/tiny-seed4\n")
+    assert (workplace / "runs/tiny-seed3/checkpoints/last.pt").read_bytes() == done
+    train.start(apply_overrides(tiny, ["name=alone", "seed=4", "train.epochs=2"]))
+    several, alone = (checkpoint_contents(workplace / "runs" / name) for name in ("tiny-seed4", "alone"))
+    alone["config"]["name"] = "tiny-seed4"
+    assert_equal(several, alone)
+    longer = here(*command[:-1], "train.epochs=3", cwd=workplace)
+    assert longer.returncode == 0 and "is complete" not in longer.stdout
+    assert len(checkpoint_contents(workplace / "runs/tiny-seed3")["history"]) == 3
+    other = here(*command, "loss.name=ce", cwd=workplace)
+    assert other.returncode == 2 and "runs/tiny-seed3 was trained with loss.name=dice_ce, not ce" in other.stderr
+
+
+@pytest.mark.parametrize("seeds", ["0,", "0,x", "1,,2"])
+def test_seeds_that_cannot_be_read_are_rejected(workplace, tiny, here, seeds):
+    (workplace / "tiny.yaml").write_text(to_yaml(tiny))
+    out = here("train.py", "--config", "tiny.yaml", f"seed={seeds}", cwd=workplace)
+    assert out.returncode == 2 and "seed must be a whole number" in out.stderr and not (workplace / "runs").exists()
+
+
 # ---------------------------------------------------------------------------------------------- resumed runs
 
 def assert_runs_equal(workplace, name="last"):
@@ -73,9 +113,14 @@ def assert_runs_equal(workplace, name="last"):
     assert_equal(whole, parts)
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(workplace, tiny, stop):
-    tiny = apply_overrides(tiny, ["model.dropout=0.5", "optim.patience=0"])
+AUGMENTED = ["augment.right_angles=true", "augment.rotate=30", "augment.elastic=2", "augment.stain=0.1",
+             "augment.contrast=0.1", "augment.blur=1", "augment.noise=5"]
+
+
+@pytest.mark.parametrize(("stop", "settings"), [(1, []), (2, AUGMENTED), (1, ["train.scheme=plain", *AUGMENTED])],
+                         ids=["kfold", "augmented", "plain"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(workplace, tiny, stop, settings):
+    tiny = apply_overrides(tiny, ["model.dropout=0.5", "optim.patience=0", *settings])
     train.start(apply_overrides(tiny, ["name=whole"]))
     train.start(apply_overrides(tiny, ["name=parts", f"train.epochs={stop}"]))
     train.resume(workplace / "runs/parts", ["train.epochs=3"])

@@ -14,37 +14,16 @@ import sys
 from pathlib import Path
 
 from common.config import Config
-from common.config_files import apply_overrides, leaves, load_config
+from common.config_files import apply_overrides, load_config
 from common.console import Progress, UserError, argument_parser, command, run, warn
 from dataset import TILE_LIST, identity, read_tiles
-from train import RESUME_MAY_CHANGE, reason_to_end
-from training.checkpoints import Checkpoint, load_checkpoint
+from train import finished, reject_another
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 
 
 def part_config(config: Config, part: int, parts: int) -> Config:
     return apply_overrides(config, [f"name={config.name}.part{part}", f"train.leave_out={part}/{parts}"])
-
-
-def finished(config: Config, folder: Path) -> Checkpoint | None:
-    """Return the last checkpoint of a run that is complete."""
-    path = folder / "checkpoints" / "last.pt"
-    checkpoint = load_checkpoint(path) if path.is_file() else None
-    return checkpoint if checkpoint and reason_to_end(checkpoint.history, config) else None
-
-
-def reject_another(config: Config, folder: Path) -> None:
-    """Raise a `UserError` if the folder holds a run with other settings."""
-    if not (folder / "config.yaml").is_file():
-        return
-    found = dict(leaves(load_config(folder / "config.yaml")))
-    different = [name for name, value in leaves(config) if found[name] != value and name not in RESUME_MAY_CHANGE
-                 and not name.startswith("filter.")]  # tiles.csv says what came of those
-    if different:
-        name = different[0]
-        raise UserError(f"{folder} was trained with {name}={found[name]}, not {dict(leaves(config))[name]}; choose "
-                        "another name=NAME, or remove the folder")
 
 
 def main() -> None:

@@ -1,0 +1,83 @@
+"""Show how training goes: the loss curves and the predictions of some tiles as pictures, and on request TensorBoard."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import palette
+from common.config import Config
+from common.console import UserError
+from common.devices import autocast
+from training import figures
+from training.batches import batches_on, normalise
+from training.crops import draw_folds, validation_crops
+from training.learner import Learner
+from training.training_set import TrainingSet
+
+SECONDS_BETWEEN_PICTURES = 60
+SHOWN = 6  # tiles in predictions.png
+LEFT_OUT = ("epoch", "survivor", "seconds", "peak_memory_mb")  # columns of metrics.csv that TensorBoard does not show
+
+
+class Watch:
+    """Writes the pictures of a run, at most once in a minute and at the end, and sends TensorBoard every epoch."""
+
+    def __init__(self, folder: Path, config: Config, learner: Learner, data: TrainingSet, epochs_done: int,
+                 tensorboard: bool):
+        self.folder, self.config, self.learner, self.data = folder / "figures", config, learner, data
+        self.board = open_board(folder / "tensorboard", epochs_done) if tensorboard else None
+        self.drawn = time.monotonic()
+
+    def after_epoch(self, history: list[dict]) -> None:
+        if self.board:
+            for name, value in history[-1].items():
+                if name not in LEFT_OUT:
+                    self.board.add_scalar(name, value, history[-1]["epoch"])
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
+            self.draw(history)
+
+    def draw(self, history: list[dict]) -> None:
+        config, epoch = self.config, history[-1]["epoch"]
+        palette.save(figures.losses(history, config.train.models, config.name), self.folder / "losses.png")
+        predictions = figures.predictions(*predicted_tiles(self.learner, self.data, config), config.data.classes,
+                                          f"{config.name}, epoch {epoch}")
+        palette.save(predictions, self.folder / "predictions.png")
+        if self.board:
+            self.board.add_figure("predictions", predictions, epoch)
+            self.board.flush()
+        self.drawn = time.monotonic()
+
+    def end(self, history: list[dict]) -> None:
+        self.draw(history)
+        if self.board:
+            self.board.close()
+
+
+def predicted_tiles(learner: Learner, data: TrainingSet,
+                    config: Config) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Predict a crop of some tiles, the same in every epoch; with plain training, of tiles that validate.
+
+    Return keys, images (N, H, W, 3), truth (N, H, W) and prediction (N, H, W), uint8.
+    """
+    plan = config.train
+    first = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, 0, plan.scheme == "plain")[0]
+    places = np.array(list(dict.fromkeys(first.tolist()))[:SHOWN])
+    crops = validation_crops([data.rows[places]], 0, data.store.sizes, config.data.crop, config.seed, 0)
+    batch = next(batches_on(learner.device, crops, data.store, len(crops)))
+    learner.model.eval()
+    with torch.no_grad(), autocast(learner.device, learner.precision):
+        labels = learner.model(normalise(batch[..., :3], data.statistics)).argmax(1)
+    return ([data.tiles[i].key for i in places], batch[..., :3].cpu().numpy(), batch[..., 3].cpu().numpy(),
+            labels.to(torch.uint8).cpu().numpy())
+
+
+def open_board(folder: Path, epochs_done: int):
+    """Return a writer for TensorBoard, which drops what an interrupted run has sent of the next epoch."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--tensorboard needs a package that is missing ({error}): pip install -r "
+                        "requirements-extra.txt") from None
+    return SummaryWriter(folder, purge_step=epochs_done + 1)
