@@ -4,16 +4,18 @@
     python evaluate.py runs/ce runs/wce runs/dice runs/dice_ce --flips
     python evaluate.py runs/dice_ce --predictions other_tool/labels
     python evaluate.py --predictions other_tool/labels --config configs/dice_ce.yaml
+    python evaluate.py runs/demo-seed0 runs/demo-seed1 runs/demo-seed2 --merge gland=tissue,tumour
     python evaluate.py runs/dice_ce --images FOLDER
 
 Tiles are mirrored up to the size that the network takes, and predictions are cropped back. The network computes in
 bfloat16 if the hardware supports it; --precision float32 is exact (docs/performance.md compares both). Scores, tables,
 pictures and a page go to RUN/evaluation (evaluation/report.py lists the files), those of several runs to
-runs/comparison-A-B-C. --images needs no masks: it writes label images, overlays and the areas of the classes to
-RUN/predictions-FOLDER.
+runs/comparison-A-B-C. Runs that differ only in their seed become one row, the mean over seeds. --images needs no masks:
+it writes label images, overlays and the areas of the classes to RUN/predictions-FOLDER.
 """
 
 import math
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +27,14 @@ from common.memory import enough_memory, reuse_memory
 from common.result_folders import check_replaceable, names_in, replacing_folder
 from evaluation import arguments, page, report, unlabelled
 from evaluation.arguments import mark
-from evaluation.candidates import Candidate, candidate_of_labels, candidate_of_run, with_distinct_names
-from evaluation.results import Evaluation
+from evaluation.candidates import (
+    Candidate,
+    candidate_of_labels,
+    candidate_of_run,
+    ensemble_of,
+    with_distinct_names,
+)
+from evaluation.results import Evaluation, Merge
 from evaluation.scoring import score
 from evaluation.test_set import TestSet, open_test_set, tiles_of_split
 
@@ -37,14 +45,15 @@ LESS_MEMORY = "close other programs, give smaller images (--images), or compute 
 
 
 def evaluate(candidates: Sequence[Candidate], test_set: TestSet, out: Path, tolerance: float = TOLERANCE,
-             keys: Sequence[str] = (), pictures: int = PICTURES) -> dict:
+             keys: Sequence[str] = (), pictures: int = PICTURES, merges: Sequence[Merge] = (),
+             part_of: str = "") -> dict:
     """Score every candidate, replace the folder `out`, and return the contents of scores.json."""
     report.reject_unknown_keys(test_set, keys)
     with replacing_folder(out, sources_of(candidates)) as partial:
         scored = [score(candidate, test_set, tolerance, partial / "predictions" / file_name(candidate.name))
                   for candidate in candidates]
         tallies, label_images = (list(parts) for parts in zip(*scored, strict=True))
-        evaluation = Evaluation(test_set, list(candidates), tallies, label_images, tolerance)
+        evaluation = Evaluation(test_set, list(candidates), tallies, label_images, tolerance, tuple(merges), part_of)
         contents = report.write(partial, evaluation, keys, pictures)
         page.write(partial, evaluation, contents)
     return contents
@@ -64,6 +73,11 @@ def parser_of_arguments() -> ArgumentParser:
     parser.add_argument("--predictions", action="append", default=[], metavar="FOLDER",
                         help="label images of another tool: a folder, or a pattern with {key} in it; can be repeated")
     parser.add_argument("--config", metavar="YAML", help="describes the tiles, for --predictions without a run")
+    parser.add_argument("--ensemble", action="store_true", help="also score the mean of the probabilities of all runs")
+    parser.add_argument("--merge", action="append", default=[], metavar="NAME=CLASS,CLASS", help="also score these "
+                        "classes as one, against the rest, e.g. gland=tissue,tumour; can be repeated")
+    parser.add_argument("--by", default="", metavar="REGEX", help="with --merge: also for each part that this regular "
+                        "expression finds in the keys")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="predict images that have no masks")
     parser.add_argument("--tiles", nargs="+", default=[], metavar="KEY", help="the tiles of tiles.png")
     parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help="without --tiles: number of tiles, "
@@ -78,14 +92,15 @@ def parser_of_arguments() -> ArgumentParser:
 def check_arguments(parser: ArgumentParser, args: Namespace, runs: Sequence[str]) -> None:
     """Raise a `UserError` for arguments that do not work together, before any file is read."""
     if args.images:
-        if len(runs) != 1:
-            raise UserError("--images takes one run: python evaluate.py RUN --images FOLDER")
-        used = ("images", "checkpoint", "flips", "precision", "device", "out")
+        if len(runs) != 1 and not (args.ensemble and runs):
+            raise UserError("--images takes one run, or several with --ensemble: python evaluate.py RUN --images "
+                            "FOLDER")
+        used = ("images", "checkpoint", "flips", "ensemble", "precision", "device", "out")
         arguments.reject_unused(parser, args, used, "with --images")
     elif runs and args.config:
         raise UserError("--config has no effect with a run, which has its own config; leave it out")
     elif not runs and args.predictions:
-        used = ("predictions", "config", "split", "tiles", "pictures", "tolerance", "device", "out")
+        used = ("predictions", "config", "split", "tiles", "pictures", "tolerance", "merge", "by", "device", "out")
         arguments.reject_unused(parser, args, used, "without a run: label images are scored as they are")
         if not args.config:
             raise UserError("--predictions without a run needs --config, which describes the tiles and mask values")
@@ -93,6 +108,14 @@ def check_arguments(parser: ArgumentParser, args: Namespace, runs: Sequence[str]
         hint = "; name it before --tiles, because the words after --tiles are keys" if args.tiles else ""
         raise UserError(f"no run given: name at least one run folder, e.g. runs/dice_ce{hint}")
     arguments.check_checkpoint_argument(args, runs)
+    if args.ensemble and len(runs) < 2:
+        raise UserError("--ensemble averages several runs: python evaluate.py RUN RUN --ensemble")
+    if args.by and not args.merge:
+        raise UserError("--by has no effect without --merge, e.g. --merge gland=tissue,tumour; leave it out")
+    try:
+        re.compile(args.by)
+    except re.error as error:
+        raise UserError(f"--by '{args.by}' is not a regular expression: {error}") from None
     if not 1 <= max(args.pictures, len(args.tiles)) <= MOST_PICTURES or args.pictures < 1:
         raise UserError(f"--pictures and --tiles draw 1 to {MOST_PICTURES} tiles; report.html shows all of them")
     if not 0 <= args.tolerance < math.inf:
@@ -103,11 +126,28 @@ def read_candidates(args: Namespace, runs: Sequence[str], overrides: Sequence[st
     """Load and check every run and every folder of predictions."""
     candidates = [candidate_of_run(Path(folder), args.checkpoint, overrides, args.flips, args.precision)
                   for folder in runs]
+    if args.ensemble:
+        ensemble = ensemble_of(with_distinct_names(candidates))
+        candidates = [ensemble] if args.images else [*candidates, ensemble]
     if args.predictions:
         config = candidates[0].config if candidates else load_config(args.config, overrides)
         tiles, rows = tiles_of_split(config, args.split)
         candidates += [candidate_of_labels(pattern, config, [tiles[i] for i in rows]) for pattern in args.predictions]
     return with_distinct_names(candidates)
+
+
+def read_merges(texts: Sequence[str], classes: Sequence[str]) -> list[Merge]:
+    """Read --merge NAME=CLASS,CLASS."""
+    merges = []
+    for text in texts:
+        name, _, names = text.partition("=")
+        found = tuple(dict.fromkeys(names.split(",")))
+        unknown = [each for each in found if each not in classes]
+        if not name or unknown or len(found) >= len(classes):
+            raise UserError(f"--merge {text}: write NAME=CLASS,CLASS with some, not all, of the classes "
+                            f"{', '.join(classes)}")
+        merges.append(Merge(name, found))
+    return merges
 
 
 def default_folder(candidates: Sequence[Candidate], args: Namespace) -> Path:
@@ -125,6 +165,7 @@ def main() -> None:
     runs, overrides = arguments.runs_and_overrides(args)
     check_arguments(parser, args, runs)
     candidates = read_candidates(args, runs, overrides)
+    merges = read_merges(args.merge, candidates[0].config.data.classes)
     out = args.out or default_folder(candidates, args)
     sources = [candidates[0].source, args.images] if args.images else sources_of(candidates)
     label_images = [path for candidate in candidates for path in (candidate.label_images or {}).values()]
@@ -137,7 +178,8 @@ def main() -> None:
             print(unlabelled.summary(rows, candidates[0].config.data.classes))
         else:
             test_set = open_test_set(candidates, args.split)
-            print(report.summary(evaluate(candidates, test_set, out, args.tolerance, args.tiles, args.pictures)))
+            print(report.summary(evaluate(candidates, test_set, out, args.tolerance, args.tiles, args.pictures, merges,
+                                          args.by)))
     print(f"wrote {out}: {names_in(out)}")
 
 

@@ -22,7 +22,7 @@ from common.pictures import picture_size
 from common.statistics import Statistics
 from dataset import Tile, by_key
 from evaluation.arguments import MAY_CHANGE, run_folder_of
-from evaluation.inference import Predictor
+from evaluation.inference import Predictor, averaged
 from training import checkpoints, run_folder
 from training.batches import normalise
 from unet import UNet
@@ -36,7 +36,8 @@ MUST_AGREE = re.compile(  # settings of config.yaml and of a checkpoint
 class Candidate:
     """A model, or label images of another tool, that is compared with others. Its files have been checked.
 
-    The first four fields belong to every candidate, `label_images` to label images, and the rest to models.
+    The first four fields belong to every candidate, `label_images` to label images, and the rest to models. An ensemble
+    has only some of these.
     """
 
     name: str
@@ -55,15 +56,25 @@ class Candidate:
     epoch: int | None = None  # of the checkpoint
     history: tuple[dict, ...] = ()  # the rows of metrics.csv
 
+    # of an ensemble
+    members: tuple["Candidate", ...] = ()  # models whose probabilities are averaged
+
     # of label images
     label_images: dict[str, Path] | None = None  # by the keys of the tiles
 
     @property
     def parent_folder(self) -> Path:
-        """The folder that contains the run or the label images' folder."""
+        """The folder that contains the run (of an ensemble the first one) or the label images' folder."""
+        if self.members:
+            return self.members[0].parent_folder
         parts = (self.run or self.source).parts
         fixed = next((i for i, part in enumerate(parts) if TOKEN.search(part)), len(parts) - 1)
         return Path(*parts[:fixed])
+
+    @property
+    def sources_text(self) -> str:
+        """The checkpoints, or the folder or pattern of the label images."""
+        return " + ".join(str(member.source) for member in self.members or (self,))
 
     @property
     def is_best(self) -> bool:
@@ -85,6 +96,12 @@ class Candidate:
         """Return how the model was made, as in tables 1 and 2 of the report; nothing for label images."""
         if not self.predictor:
             return {}
+        if self.members:
+            losses, levels = ({member.model_facts()[name] for member in self.members} for name in ("loss", "levels"))
+            return {"loss": "+".join(sorted(losses)), "levels": levels.pop() if len(levels) == 1 else None,
+                    "dropout": None, "epochs": None, "best_epoch": None, "seconds_per_epoch": None,
+                    "tested_epoch": None, "flips": self.flips, "members": [member.name for member in self.members],
+                    "precision": str(self.precision).removeprefix("torch.")}
         best = min(self.history, key=lambda row: row["val_loss"], default=None)
         seconds = [row["seconds"] for row in self.history]
         return {"loss": self.config.loss.name, "levels": len(self.config.model.widths),
@@ -95,6 +112,8 @@ class Candidate:
 
     def for_many(self) -> "Candidate":
         """Return the candidate for a thousand tiles or more of one size: compiled if it is bfloat16 on a CPU."""
+        if self.members:
+            return ensemble_of([member.for_many() for member in self.members])
         if not self.predictor or self.precision != torch.bfloat16 or self.device.type != "cpu":
             return self
         return replace(self, predictor=predictor_of(self.model, self.statistics, self.flips, self.precision, True))
@@ -102,6 +121,18 @@ class Candidate:
 
 def predictor_of(model: UNet, statistics: Statistics, flips: bool, precision: torch.dtype, many: bool) -> Predictor:
     return Predictor.of(model, lambda images: normalise(images, statistics), flips, precision, many)
+
+
+def ensemble_of(members: Sequence[Candidate]) -> Candidate:
+    """Return the candidate that averages the probabilities of several models of the same classes."""
+    first = members[0]
+    for other in members[1:]:
+        if other.config.data.classes != first.config.data.classes:
+            raise UserError(f"--ensemble: {other.name} knows the classes {list(other.config.data.classes)}, "
+                            f"{first.name} {list(first.config.data.classes)}; average models of the same classes")
+    predictor = averaged([member.predictor for member in members])
+    return Candidate("ensemble", first.config, first.source, first.device, predictor=predictor, flips=first.flips,
+                     precision=first.precision, members=tuple(members))
 
 
 def with_distinct_names(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -10,8 +10,8 @@ In float32 the network computes as it was trained. In bfloat16, which is faster,
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -102,6 +102,14 @@ def mirrored_indices(size: int, multiple: int) -> Tensor:
     """
     margin = -size % multiple
     return torch.from_numpy(mirrored(np.arange(-(margin // 2), size + margin - margin // 2), size)[0])
+
+
+def averaged(predictors: Sequence[Predictor]) -> Predictor:
+    """Return a predictor whose logits are the logarithm of the mean probability of several predictors."""
+    def network(images: Tensor) -> Tensor:
+        return torch.log(sum(torch.softmax(each.network(images), dim=1) for each in predictors) / len(predictors))
+
+    return replace(max(predictors, key=lambda each: each.margin), network=network)
 
 
 def with_symmetries(network: Network) -> Network:

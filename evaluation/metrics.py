@@ -12,6 +12,7 @@ diagonal.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,6 +186,21 @@ def scores(tally: Tally, weights: np.ndarray) -> dict[str, np.ndarray]:
     by_class = {name: score(counts) for name, score in BY_CLASS.items()}
     by_class |= {f"tile_{name}": _mean_over_tiles(by_tile[name], weights) for name in (*BY_CLASS, *SURFACE_SCORES)}
     return found | {name: np.column_stack([values, _mean_over_classes(values)]) for name, values in by_class.items()}
+
+
+def merged(counts: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """Return the counts (..., 2, 2) of some classes taken together, second, against the rest, from (..., K, K)."""
+    sides = np.zeros((2, counts.shape[-1]), counts.dtype)
+    sides[1, classes] = 1
+    sides[0] = 1 - sides[1]
+    return sides @ counts @ sides.T
+
+
+def binary_scores(counts: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Return Dice and IoU of the second of two classes (R,), pooled and as means over tiles; counts are (N, 2, 2)."""
+    pooled, scores = _pooled(counts, weights), {"dice": dice, "iou": iou}
+    return ({name: score(pooled)[:, 1] for name, score in scores.items()}
+            | {f"tile_{name}": _mean_over_tiles(score(counts)[:, 1], weights) for name, score in scores.items()})
 
 
 def _pooled(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:                  # (N, ...) to (R, ...)

@@ -34,16 +34,16 @@ def write(folder: Path, evaluation: Evaluation, contents: dict) -> None:
     """Write report.html beside the pictures that it contains; `contents` are those of scores.json."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    header, rows = report.readable_rows(contents)
     places = gallery_places(evaluation)
     tiles, data = evaluation.test_set.tiles, evaluation.test_set.config.data
     may_ignore = data.ignore or any(tile.has_new_mask for tile in tiles)
     html = environment.get_template("report.html").render(
-        contents=contents, header=header, rows=rows, remarks=report.remarks(contents),
-        class_tables=[class_table(candidate, evaluation.classes) for candidate in contents["entries"]],
+        contents=contents, tables=report.tables(contents), remarks=report.remarks(contents),
+        shown=[{"seeds": []} | candidate | {"rows": class_table(candidate, evaluation.classes)} for candidate in
+               [*(row for row in contents["experiments"] if row["seeds"]), *contents["entries"]]],
         pictures={name: _address("png", (folder / f"{name}.png").read_bytes()) for name in ("losses", "reliability")
                   if (folder / f"{name}.png").exists()},
-        gallery=gallery(evaluation, places), shown=len(places), total=len(evaluation.test_set.tiles),
+        gallery=gallery(evaluation, places), in_gallery=len(places), total=len(evaluation.test_set.tiles),
         colours=[f"#{bytes(colour).hex()}" for colour in palette.class_colours(len(evaluation.classes))],
         error_colour=palette.ERROR, ignored_colour=palette.IGNORED if may_ignore else "")
     (folder / "report.html").write_text(html, encoding="utf-8")
@@ -60,7 +60,8 @@ def class_table(candidate: dict, classes: Sequence[str]) -> list[tuple[str, list
         form, difference = f".{_digits(measure)}f", candidate["difference_to_first"].get(name)
         differences = _cells(difference, classes, f"+{form}") if difference else []
         rows.append((label, _cells(score, classes, form), differences))
-    return rows + [(label, [*map(str, candidate[name].values()), ""], []) for name, label in TILE_COUNTS.items()]
+    return rows + [(label, [*map(str, candidate[name].values()), ""], []) for name, label in TILE_COUNTS.items()
+                   if name in candidate]
 
 
 def _cells(score: dict, classes: Sequence[str], form: str) -> list[str]:

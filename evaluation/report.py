@@ -3,7 +3,8 @@
     scores.json       every score of every candidate with its 95 % interval, its difference to the first candidate,
                       confusion matrix and reliability
     tiles.csv         every score of every tile, a row for each candidate and tile
-    table.md .csv     tables 1 and 2 of the report
+    table.md .csv     tables 1 and 2 of the report; runs that differ only in their seed also have a row together
+    merged.csv        scores of classes taken together (--merge)
     losses.png        figures 6 and 8: the loss curves of all runs
     tiles.png         figures 9 to 11: image, truth and predictions of some tiles
     reliability.png   how often the candidates are right, by their confidence
@@ -26,6 +27,7 @@ from evaluation.results import Evaluation, evenly_spaced, results, tile_columns
 from evaluation.test_set import TestSet
 
 FEW_GROUPS = 10  # with fewer, intervals are rough
+MERGED = {"dice": "Dice", "tile_dice": "Dice, mean over tiles", "iou": "IoU", "tile_iou": "IoU, mean over tiles"}
 DIFFERING = 3  # tiles on which the candidates differ most, in tiles.png
 
 
@@ -42,9 +44,13 @@ def write(folder: Path, evaluation: Evaluation, keys: Sequence[str], count: int)
     contents = results(evaluation)
     write_text(folder / "scores.json", json.dumps(contents, indent=2, allow_nan=False) + "\n")
     write_tile_scores(folder / "tiles.csv", evaluation)
-    write_csv(folder / "table.csv", [{name: text for name, text in row.items() if "interval" not in name}
-                                     for row in map(table_row, contents["entries"])])
-    paragraphs = [markdown_table(*readable_rows(contents)), *remarks(contents)]
+    write_csv(folder / "table.csv", [{name: text for name, text in row.items() if "interval" not in name} for row in
+                                     map(table_row, [*contents["experiments"], *contents["entries"]])])
+    if contents["merged"]:
+        write_csv(folder / "merged.csv", merged_rows(contents, digits=4))
+    paragraphs = [part for title, header, rows in tables(contents)
+                  for part in (title, markdown_table(header, rows)) if part]
+    paragraphs += remarks(contents)
     write_text(folder / "table.md", "\n\n".join(paragraphs) + "\n")
     palette.save(draw_tiles(evaluation, keys, count), folder / "tiles.png")
     histories = {f"{candidate.name}: {candidate.config.loss.name}": candidate.history
@@ -86,7 +92,8 @@ def table_row(candidate: dict, digits: int = 4) -> dict[str, str]:
     difference = candidate["difference_to_first"].get("dice", {}).get("mean")
     form, signed = f".{digits}f", f"+.{digits}f"
     return {
-        "run": candidate["name"], "loss": cell(candidate, "loss"),
+        "run": candidate["name"], "seeds": str(len(candidate["seeds"]) or 1) if "seeds" in candidate else "",
+        "loss": cell(candidate, "loss"),
         "soft Dice": cell(scores.get("soft_dice"), "value", form),
         "accuracy": cell(scores["pixel_accuracy"], "value", form),
         "Dice": cell(dice, "value", form), "95 % interval": interval_cell(dice, form),
@@ -100,28 +107,64 @@ def table_row(candidate: dict, digits: int = 4) -> dict[str, str]:
     }
 
 
-def readable_rows(contents: dict) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of table.md: no column without a value, and "-" for what does not exist."""
-    rows = [table_row(candidate) for candidate in contents["entries"]]
+def merged_rows(contents: dict, digits: int) -> list[dict[str, str]]:
+    """Return the cells of the scores of merged classes by column; intervals are there as text."""
+    form, rows = f".{digits}f", []
+    for part in contents["merged"]:
+        for row in part["rows"]:
+            cells = {"classes": f"{part['merge']} ({' + '.join(part['classes'])})", "part": part["part"] or "all",
+                     "tiles": str(part["tiles"]), "groups": str(part["groups"]), "run": row["name"],
+                     "seeds": str(len(row["seeds"]) or 1)}
+            for name, label in MERGED.items():
+                cells |= {label: cell(row[name], "value", form),
+                          f"{label}: 95 % interval": interval_cell(row[name], form)}
+            rows.append(cells)
+    return rows
+
+
+def readable(rows: Sequence[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a table for people: no column without a value, and "-" for what does not exist."""
     header = [name for name in rows[0] if not name.endswith((" low", " high")) and any(row[name] for row in rows)]
     return header, [[row[name] or "-" for name in header] for row in rows]
 
 
+def tables(contents: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return title, header and rows of the tables of table.md and report.html."""
+    found = [("", *readable([table_row(candidate) for candidate in contents["entries"]]))]
+    if contents["experiments"]:
+        of_experiments = readable([table_row(experiment) for experiment in contents["experiments"]])
+        found = [("Means over seeds", *of_experiments), ("Each run", *found[0][1:])]
+    if contents["merged"]:
+        found.append(("Classes taken together, against the rest", *readable(merged_rows(contents, digits=4))))
+    return found
+
+
 def summary(contents: dict) -> str:
-    """Return the main scores as a table for the terminal, with the best constant prediction, and what they are of."""
+    """Return the main scores as a table for the terminal, with the best constant prediction, and what they are of.
+
+    Runs of one config that differ only in their seed are one row.
+    """
     left, classes, right = ["run", "soft Dice", "accuracy", "Dice", "95 % interval"], contents["classes"], ["HD95 px"]
-    if len(contents["entries"]) > 1:
+    candidates = contents["experiments"] or contents["entries"]
+    if contents["experiments"]:
+        left.insert(1, "seeds")
+    if len(candidates) > 1:
         right += ["Dice - first", "its 95 % interval"]
     rows = []
-    for candidate in contents["entries"]:
+    for candidate in candidates:
         row, dice = table_row(candidate, digits=3), candidate["scores"]["dice"]
         cells = [*(row[name] for name in left), *(cell(dice[name], "value", ".3f") for name in classes),
                  *(row[name] for name in right)]
         rows.append([text or "-" for text in cells])
     constant = contents["best_constant"]
-    cells = [f"all {constant['class']}", "-", "-", f"{constant['dice_mean']:.3f}"]
+    cells = [f"all {constant['class']}", *["-"] * (left.index("Dice") - 1), f"{constant['dice_mean']:.3f}"]
     rows.append(cells + [""] * (len(rows[0]) - len(cells)))
-    return "\n".join([table([*left, *classes, *right], rows), *about_tiles(contents), about_distances(contents)])
+    parts = [table([*left, *classes, *right], rows)]
+    if contents["merged"]:
+        header, merged = readable(merged_rows(contents, digits=3))
+        shown = [i for i, name in enumerate(header) if not name.startswith("IoU") or "interval" not in name]
+        parts += ["", table([header[i] for i in shown], [[row[i] for i in shown] for row in merged]), ""]
+    return "\n".join([*parts, *about_tiles(contents), about_distances(contents)])
 
 
 # ---------------------------------------------------------------------------------------------- remarks
@@ -132,8 +175,9 @@ def remarks(contents: dict) -> list[str]:
     for candidate in contents["entries"]:
         if "loss" in candidate:
             flips = ", averaged over the 8 flips and turns" if candidate["flips"] else ""
-            sentences.append(f"{candidate['name']}: {candidate['source']} of epoch {candidate['tested_epoch']}{flips}. "
-                             f"Computed in {candidate['precision']}.")
+            origin = (f"mean probability of {', '.join(candidate['members'])}" if "members" in candidate else
+                      f"{candidate['source']} of epoch {candidate['tested_epoch']}")
+            sentences.append(f"{candidate['name']}: {origin}{flips}. Computed in {candidate['precision']}.")
     sentences += ["Dice, the hard Dice, is pooled over all pixels and averaged over classes. Predicting "
                   f"{constant['class']} everywhere has {constant['dice_mean']:.4f}.", about_distances(contents),
                   f"Surface Dice is the share of both outlines within {contents['surface_dice_tolerance_px']:g} px of "
@@ -155,9 +199,15 @@ def about_tiles(contents: dict) -> list[str]:
                          "are too narrow if tiles share a slide.")
     elif bootstrap.FEWEST_GROUPS <= groups < FEW_GROUPS:
         sentences.append(f"With {groups} groups the intervals are rough.")
-    if any("loss" in candidate for candidate in contents["entries"]):
-        sentences.append("Scores, intervals and differences describe these weights: training the same config with "
-                         "another seed can change them by as much.")
+    if contents["experiments"]:
+        sentences.append("Rows of several seeds are means over the runs. Their intervals hold the chance of slides and "
+                         "of seeds; differences compare the same slides, and the same seeds if both rows have them.")
+    if any("loss" in candidate for candidate in contents["entries"]) and not all(
+            experiment["seeds"] for experiment in contents["experiments"] or [{"seeds": []}]):
+        single = "Scores, intervals and differences of one run" if contents["experiments"] else (
+            "Scores, intervals and differences")
+        sentences.append(f"{single} describe these weights: training the same config with another seed can change them "
+                         "by as much.")
     return sentences
 
 
@@ -173,16 +223,20 @@ def about_distances(contents: dict) -> str:
 # ---------------------------------------------------------------------------------------------- tiles.png
 
 def draw_tiles(evaluation: Evaluation, keys: Sequence[str], count: int) -> figures.Figure:
-    """Draw figures 9 to 11: image, truth, and each candidate's prediction; the errors too if there is one candidate."""
-    rows = []
+    """Draw figures 9 to 11: image, truth, and each candidate's prediction; the errors too if there is one candidate.
+
+    Of runs that differ only in their seed, the first one is drawn.
+    """
+    rows, shown = [], [experiment.members[0] for experiment in evaluation.experiments]
     for i, why in choose_tiles(evaluation, keys, count):
         predictions = []
-        for candidate, tally in enumerate(evaluation.tallies):
+        for candidate in shown:
+            tally = evaluation.tallies[candidate]
             dice, accuracy = metrics.dice(tally.confusion[i]), metrics.pixel_accuracy(tally.confusion[i])
             predictions.append((f"Dice {metrics.mean_present(dice):.3f}  accuracy {accuracy:.3f}",
                                 evaluation.predicted(candidate, i)))
         rows.append((evaluation.test_set.tiles[i].key, why, *evaluation.tile(i), predictions))
-    return figures.tiles(rows, [candidate.name for candidate in evaluation.candidates], evaluation.classes)
+    return figures.tiles(rows, [evaluation.candidates[candidate].name for candidate in shown], evaluation.classes)
 
 
 def choose_tiles(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[tuple[int, str]]:

@@ -1,8 +1,10 @@
 """Compute the numbers of an evaluation: the contents of scores.json, and the columns of tiles.csv."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,26 @@ from common.masks import read_mask
 from dataset import Tile
 from evaluation import metrics
 from evaluation.candidates import Candidate
+from evaluation.experiments import (
+    Experiment,
+    Samples,
+    experiments_of,
+    mean_samples,
+    seed_margins,
+    seed_margins_of_difference,
+)
 from evaluation.metrics import Tally
 from evaluation.test_set import TestSet
+
+FACTS_OF_TABLES = ("loss", "levels", "dropout", "epochs", "best_epoch", "flips")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Classes that are scored as one, against the rest."""
+
+    name: str
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,12 @@ class Evaluation:
     tallies: list[Tally]  # of each candidate
     label_images: list[dict[str, Path]]  # of each candidate, by the keys of the tiles
     tolerance: float  # pixels, of the surface Dice
+    merges: tuple[Merge, ...] = ()
+    part_of: str = ""  # regular expression that finds the part of a key by which merged classes are scored
+
+    @cached_property
+    def experiments(self) -> list[Experiment]:
+        return experiments_of(self.candidates)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -71,22 +97,23 @@ def results(evaluation: Evaluation) -> dict:
     unit = "groups" if evaluation.groups else "tiles"
     intervals = (f"95 %, bootstrap of {bootstrap.RESAMPLES} samples of {unit}" if len(weights) > 1
                  else f"none, since they need {bootstrap.FEWEST_GROUPS} {unit}")
+    entries = [_candidate_results(evaluation, scores, i) for i in range(len(evaluation.candidates))]
     return {
         "data_root": test_set.config.data.root, "tiles_identity": test_set.tiles_identity, "split": test_set.split,
         "tiles": len(test_set.tiles), "groups": evaluation.groups, "classes": list(evaluation.classes),
         "doubts": test_set.caveats, "surface_dice_tolerance_px": evaluation.tolerance, "intervals": intervals,
         "best_constant": {"class": evaluation.classes[constant], "dice_mean": json_number(dice)},
-        "entries": [_candidate_results(evaluation, scores, i) for i in range(len(evaluation.candidates))],
+        "experiments": _experiment_results(evaluation, scores, entries),
+        "merged": merged_results(evaluation, weights),
+        "entries": entries,
     }
 
 
-def _candidate_results(evaluation: Evaluation, scores: list[dict[str, np.ndarray]], i: int) -> dict:
-    """Return what scores.json says about candidate i; `scores` are the samples (R, ...) of every candidate."""
+def _candidate_results(evaluation: Evaluation, scores: list[Samples], i: int) -> dict:
+    """Return what scores.json says about candidate i; `scores` are the samples of every candidate."""
     candidate, tally = evaluation.candidates[i], evaluation.tallies[i]
     truth, predicted = tally.confusion.sum(2) > 0, tally.confusion.sum(1) > 0        # (N, K) tiles that have a class
-    present = truth | predicted
-    present_in_either = present | (evaluation.tallies[0].confusion.sum(1) > 0)
-    differences = {name: samples - scores[0][name] for name, samples in scores[i].items() if name in scores[0]}
+    differences = _differences(scores[0], scores[i]) if i > 0 else {}
 
     def by_class(tiles: np.ndarray) -> dict[str, int]:
         return dict(zip(evaluation.classes, tiles.sum(0).tolist(), strict=True))
@@ -95,17 +122,55 @@ def _candidate_results(evaluation: Evaluation, scores: list[dict[str, np.ndarray
     if tally.calibration is not None:
         reliability = dict(zip(("pixels", "confidence", "right"), tally.calibration.sum(0).tolist(), strict=True))
     return {
-        "name": candidate.name, "source": str(candidate.source), **candidate.model_facts(),
-        "scores": _with_intervals(scores[i], evaluation, present),
-        "difference_to_first": _with_intervals(differences, evaluation, present_in_either) if i > 0 else {},
-        "tiles_behind_means": by_class(present),
+        "name": candidate.name, "source": candidate.sources_text, **candidate.model_facts(),
+        "scores": _with_intervals(scores[i], evaluation, _present(evaluation, [i])),
+        "difference_to_first": _with_intervals(differences, evaluation, _present(evaluation, [0, i])),
+        "tiles_behind_means": by_class(truth | predicted),
         "tiles_where_missed": by_class(truth & ~predicted),
         "tiles_where_invented": by_class(predicted & ~truth),
         "confusion": tally.confusion.sum(0).tolist(), "reliability": reliability,
     }
 
 
-def _with_intervals(scores: dict[str, np.ndarray], evaluation: Evaluation, present: np.ndarray) -> dict:
+def _experiment_results(evaluation: Evaluation, scores: list[Samples], entries: list[dict]) -> list[dict]:
+    """Return what scores.json says about the experiments; nothing if each of them is a single candidate."""
+    experiments = evaluation.experiments
+    if not any(experiment.seeds for experiment in experiments):
+        return []
+    found = []
+    for experiment in experiments:
+        first, samples = experiments[0], [scores[i] for i in experiment.members]
+        differences, margins = {}, {}
+        if experiment is not first:
+            of_first, are_pairs = [scores[i] for i in first.members], first.seeds == experiment.seeds != ()
+            differences = _differences(mean_samples(of_first), mean_samples(samples))
+            margins = seed_margins_of_difference(of_first, samples, are_pairs)
+        facts = [entries[i] for i in experiment.members]
+        shared = {name: value for name, value in facts[0].items() if name in FACTS_OF_TABLES
+                  and all(entry[name] == value for entry in facts)}
+        found.append({
+            "name": experiment.name, "runs": [entry["name"] for entry in facts], "seeds": list(experiment.seeds),
+            **shared,
+            "scores": _with_intervals(mean_samples(samples), evaluation, _present(evaluation, experiment.members),
+                                      seed_margins(samples)),
+            "difference_to_first": _with_intervals(
+                differences, evaluation, _present(evaluation, [*first.members, *experiment.members]), margins),
+        })
+    return found
+
+
+def _differences(first: Samples, other: Samples) -> Samples:
+    return {name: samples - first[name] for name, samples in other.items() if name in first}
+
+
+def _present(evaluation: Evaluation, candidates: Iterable[int]) -> np.ndarray:
+    """Return which tiles have a class (N, K), in the truth or in the prediction of one of these candidates."""
+    tallies = [evaluation.tallies[i].confusion for i in candidates]
+    return np.any([counts.sum(axis) > 0 for counts in tallies for axis in (1, 2)], axis=0)
+
+
+def _with_intervals(scores: Samples, evaluation: Evaluation, present: np.ndarray,
+                    seed_margins: Samples | None = None) -> dict:
     """Return value and interval of each score (R,), and of the classes and their mean for a score (R, K + 1).
 
     `present` (N, K) says which tiles have a class: only their groups are behind the interval of the class.
@@ -115,16 +180,54 @@ def _with_intervals(scores: dict[str, np.ndarray], evaluation: Evaluation, prese
               for name, column in zip(evaluation.classes, present.T, strict=True)} | {"mean": count_groups(tiles)}
     found = {}
     for name, samples in scores.items():
+        margins = seed_margins[name] if seed_margins else np.zeros(samples.shape[1:])
         if samples.ndim == 1:
-            found[name] = _with_interval(samples, groups["mean"])
+            found[name] = with_interval(samples, groups["mean"], margins)
         else:
-            found[name] = {column: _with_interval(samples[:, k], groups[column]) for k, column in enumerate(groups)}
+            found[name] = {column: with_interval(samples[:, k], groups[column], margins[k])
+                           for k, column in enumerate(groups)}
     return found
 
 
-def _with_interval(samples: np.ndarray, groups: int) -> dict:
+def with_interval(samples: np.ndarray, groups: int, seed_margin: float = 0.0) -> dict:
+    """Return value and interval of a score (R,); the margin of seeds and that of slides add in squares."""
+    value = samples[0]
     low, high = bootstrap.interval(samples, groups)
-    return {"value": json_number(samples[0]), "low": json_number(low), "high": json_number(high)}
+    if seed_margin:
+        low, high = value - math.hypot(value - low, seed_margin), value + math.hypot(high - value, seed_margin)
+    return {"value": json_number(value), "low": json_number(low), "high": json_number(high)}
+
+
+def merged_results(evaluation: Evaluation, weights: np.ndarray) -> list[dict]:
+    """Return the scores of merged classes by part of the test set; "" is the whole set.
+
+    dice and iou are pooled over pixels, tile_dice and tile_iou are means over the tiles that have one of the classes in
+    truth or prediction, as papers on binary segmentation report them.
+    """
+    found, tiles = [], evaluation.test_set.tiles
+    for merge in evaluation.merges:
+        chosen = [evaluation.classes.index(name) for name in merge.classes]
+        counts = [metrics.merged(tally.confusion, chosen) for tally in evaluation.tallies]  # (N, 2, 2) each
+        for part in ["", *sorted(set(parts_of(evaluation)) - {""})]:
+            inside = np.array([part in ("", own) for own in parts_of(evaluation)])
+            samples = [metrics.binary_scores(of_candidate, weights * inside) for of_candidate in counts]
+            groups = count_groups(tile for tile, is_inside in zip(tiles, inside, strict=True) if is_inside)
+            rows = []
+            for experiment in evaluation.experiments:
+                of_runs = [samples[i] for i in experiment.members]
+                means, margins = mean_samples(of_runs), seed_margins(of_runs)
+                rows.append({"name": experiment.name, "seeds": list(experiment.seeds)} | {
+                    name: with_interval(means[name], groups, margins[name]) for name in means})
+            found.append({"merge": merge.name, "classes": list(merge.classes), "part": part,
+                          "tiles": int(inside.sum()), "groups": groups, "rows": rows})
+    return found
+
+
+def parts_of(evaluation: Evaluation) -> list[str]:
+    """Return the part of each tile of the test set; "" for a key in which `part_of` finds none."""
+    found = [re.search(evaluation.part_of, tile.key) if evaluation.part_of else None
+             for tile in evaluation.test_set.tiles]
+    return [match.group(match.lastindex or 0) or "" if match else "" for match in found]
 
 
 def evenly_spaced(values: Sequence, count: int) -> list:

@@ -266,7 +266,7 @@ def test_every_score_of_a_large_tile_can_be_reached_on_a_phone(opened):
 
 
 def test_class_tables_have_differences_to_the_first_model(opened, page):
-    first, second = opened.find_elements("css selector", "#classes ~ details")
+    mean, first, second = opened.find_elements("css selector", "#classes ~ details")
     opened.execute_script("arguments[0].open = true", second)
     differences = json.loads((page / "scores.json").read_text())["entries"][1]["difference_to_first"]
     for label, name, form in (("recall", "recall", "+.3f"), ("HD95, px, mean over tiles", "tile_hd95", "+.1f")):
@@ -275,6 +275,7 @@ def test_class_tables_have_differences_to_the_first_model(opened, page):
         value, low, high = (format(differences[name]["tumour"][of], form) for of in ("value", "low", "high"))
         assert row.find_elements("css selector", "td")[2].text.split("\n")[1] == f"{value} ({low} to {high})"
     assert "difference" in second.text and "difference" not in first.text
+    assert mean.find_element("css selector", "summary").text == "one and 1 more (mean over 2 seeds)"
 
 
 def test_pictures_and_tables_are_there(opened, page):

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.config import Config, Model, Train
+from common.config import Augment, Config, Model, Train
+from common.config_files import load_config
 from common.devices import choose_precision
 from common.statistics import Statistics
 from common.store import Store
@@ -35,6 +36,7 @@ STATISTICS = Statistics([0.75, 0.55, 0.7], [0.15, 0.2, 0.15], [0.4, 0.4, 0.2])
 CLASSES, TILE, CROP = 3, 500, 256
 SILENT = SimpleNamespace(advance=lambda *_, **__: None)  # replaces a progress bar
 SNAPSHOTS = 10  # in each lap
+CONFIGS = Path(__file__).parents[2] / "configs"
 PEERS = {"monai": "monai", "smp": "segmentation_models_pytorch"}
 
 
@@ -66,13 +68,13 @@ def peer(name: str) -> nn.Module:
 # ---------------------------------------------------------------------------------------------- training
 
 def trainer(device: str, batch: int, steps: int, size: int = CROP, widths: tuple[int, ...] = Model.widths,
-            compiled: bool = False) -> partial:
+            compiled: bool = False, augment: Augment | None = None) -> partial:
     """Return a function that trains our network for `steps` steps as train.py does."""
     config = Config(device=device, model=Model(widths=widths), train=Train(compile=compiled))
     learner = build_learner(config, STATISTICS)
     store = store_on(learner.device, store_of(random_tiles(16, max(size, TILE))))
     rows = [np.arange(batch * steps) % len(store), np.array([], int)]
-    crops = training_crops(rows, 1, store.sizes, size, 0, 1)
+    crops = training_crops(rows, 1, store.sizes, size, 0, 1, augment or Augment())
     data = training_set.TrainingSet(store, rows[0], [Tile("", "", "")], STATISTICS, "")
     return partial(epochs.run_pass, learner, data, crops, batch, True, SILENT)
 
@@ -91,6 +93,21 @@ def our_steps(setting: Setting, compiled: bool = Train.compile) -> Lap:
         setting.wait()
 
     return Lap(lap, steps, {"work": steps * work, "batch": batch})
+
+
+def augmented_steps(setting: Setting, config_file: str = "", augmented: bool = True) -> Lap:
+    """Train as configs/augmented.yaml does, or without augmentation; `config_file` names another network and batch."""
+    config = load_config(CONFIGS / config_file) if config_file else Config()
+    augment = load_config(CONFIGS / "augmented.yaml").augment if augmented else Augment()
+    batch = config.train.batch_size if config_file else batch_size(setting)
+    steps = 20 if config_file or setting.device == "cuda" else 1
+    run = trainer(setting.device, batch, steps, config.data.crop, config.model.widths, augment=augment)
+
+    def lap() -> None:
+        run()
+        setting.wait()
+
+    return Lap(lap, steps, {"batch": batch})
 
 
 def plain_steps(setting: Setting, network: str = "", channels_last: bool = False, bf16: bool = False) -> Lap:
@@ -233,6 +250,9 @@ def races(device: str) -> dict[str, Race]:
         "crops_normalised": Race(partial(our_crops, normalised=True), plain_crops, "ms a crop", one_thread=True),
         "snapshot": network_race(our_snapshot, plain_snapshot, "ms"),
     }
+    for name, config_file in (("augmentation", ""), ("augmentation_demo", "demo.yaml")):
+        found[name] = Race(partial(augmented_steps, config_file=config_file),
+                           partial(augmented_steps, config_file=config_file, augmented=False), step)
     for part in ("channels_last", "bf16", "both"):
         found[f"train_step_{part}"] = network_race(
             partial(plain_steps, channels_last=part != "bf16", bf16=part != "channels_last"), plain_steps, step)
