@@ -2,6 +2,7 @@
 
     python -m tools.make_demo_data data/demo                          # 240 tiles, about half a minute
     python -m tools.make_demo_data data/small --tiles 60 --slides 6 --size 256 --seed 3
+    python -m tools.make_demo_data data/labs --slides 40 --other-lab 10   # the last 10 slides look as from elsewhere
 
 A tile is drawn in three steps: a layout (where glass, stroma, crypts and tumour glands lie), maps of how much
 haematoxylin and eosin each pixel contains, and the absorption of light by these stains (Beer-Lambert).
@@ -28,7 +29,7 @@ A tile depends on the seed, its slide, its number and the size, but not on the n
 import argparse
 import csv
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -126,19 +127,28 @@ def ramp(distance: np.ndarray, width: float = 1.0) -> np.ndarray:
     return np.clip(distance / width + 0.5, 0, 1)
 
 
-def make_slide(seed: int, slide: int) -> Slide:
-    """Draw stain, optics and biology of a slide, which differ moderately between slides."""
+def make_slide(seed: int, slide: int, other_lab: bool = False) -> Slide:
+    """Draw stain, optics and biology of a slide, which differ moderately between slides.
+
+    Of another laboratory, haematoxylin is paler and redder and eosin stronger; its scanner is less sharp, has more
+    noise and yellower light.
+    """
     rng = stream(seed, slide, 0, SLIDE)
     stains = np.array([HAEMATOXYLIN, EOSIN, BLOOD]) + rng.normal(0, 0.025, (3, 3))
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
     strength = rng.uniform(0.88, 1.14, 3)
-    return Slide(
+    look = Slide(
         stains=(stains * strength[:, None]).clip(0.02).astype(np.float32),
         light=(rng.uniform(239, 244) + np.array([0.5, -2, 0.5]) + rng.normal(0, 1, 3)).astype(np.float32),
         blur=rng.uniform(0.5, 0.7), noise=rng.uniform(1.2, 2.2), spacing=rng.uniform(140, 185),
         wall=rng.uniform(38, 52), grade=rng.uniform(0, 1), goblets=rng.uniform(0.6, 0.95),
         inflamed=rng.uniform(0.25, 1),
     )
+    if not other_lab:
+        return look
+    change = np.array([[0.55, 0.78, 0.9], [1.2, 1.2, 1.2], [1, 1, 1]], np.float32)
+    return replace(look, stains=look.stains * change, light=look.light * np.float32([0.99, 0.95, 0.88]),
+                   blur=look.blur + 0.5, noise=2 * look.noise)
 
 
 def make_plan(seed: int, slide: int, number: int, visible: bool = False) -> Plan:
@@ -496,9 +506,10 @@ def spoil(rng: Generator, defect: str, layout: Layout, size: int, visible: bool)
     return clean, {}
 
 
-def make_tile(seed: int, slide: int, number: int, size: int, visible: bool = False) -> DemoTile:
+def make_tile(seed: int, slide: int, number: int, size: int, visible: bool = False,
+              other_lab: bool = False) -> DemoTile:
     """Draw one tile; the same arguments give the same bytes."""
-    look, plan = make_slide(seed, slide), make_plan(seed, slide, number, visible)
+    look, plan = make_slide(seed, slide, other_lab), make_plan(seed, slide, number, visible)
     layout = lay_out(stream(seed, slide, number, LAYOUT), look, plan, size)
     paint_rng = stream(seed, slide, number, PAINT)
     image = develop(paint_rng, look, paint(paint_rng, look, layout, size))
@@ -510,9 +521,13 @@ def make_tile(seed: int, slide: int, number: int, size: int, visible: bool = Fal
     return DemoTile(image, written, clean, row)
 
 
-def write_tile(out: Path, seed: int, size: int, visible: bool, place: tuple[int, int]) -> tuple[dict, np.ndarray]:
-    """Write the tile (slide, number). Returns its row of truth.csv and the shares (3,) of its clean mask."""
-    tile = make_tile(seed, *place, size, visible)
+def write_tile(out: Path, seed: int, size: int, visible: bool, from_slide: int,
+               place: tuple[int, int]) -> tuple[dict, np.ndarray]:
+    """Write the tile (slide, number); slides `from_slide` and later are of another laboratory.
+
+    Returns its row of truth.csv and the shares (3,) of its clean mask.
+    """
+    tile = make_tile(seed, *place, size, visible, other_lab=place[0] >= from_slide)
     key = tile.row["key"]
     for name, pixels in ((f"frames/frame#{key}.png", tile.image), (f"masks/mask#{key}.png", MASK_VALUES[tile.written]),
                          (f"truth/mask#{key}.png", MASK_VALUES[tile.clean])):
@@ -520,15 +535,15 @@ def write_tile(out: Path, seed: int, size: int, visible: bool, place: tuple[int,
     return tile.row, np.bincount(tile.clean.ravel(), minlength=3) / size**2
 
 
-def write_data_set(out: Path, tiles: int, slides: int, size: int, seed: int,
-                   visible: bool = False) -> list[tuple[dict, np.ndarray]]:
+def write_data_set(out: Path, tiles: int, slides: int, size: int, seed: int, visible: bool = False,
+                   other_lab: int = 0) -> list[tuple[dict, np.ndarray]]:
     """Write all tiles into the existing folder `out`. Returns what `write_tile` returns, in the order of the keys."""
     for name in ("frames", "masks", "truth"):
         (out / name).mkdir()
     jobs = sorted((index % slides, index // slides) for index in range(tiles))
     written = []
     with worker_map(min(cores(), tiles)) as parallel_map, Progress("draw", total=tiles, unit="tile") as progress:
-        for row_and_shares in parallel_map(partial(write_tile, out, seed, size, visible), jobs):
+        for row_and_shares in parallel_map(partial(write_tile, out, seed, size, visible, slides - other_lab), jobs):
             written.append(row_and_shares)
             progress.advance()
     with (out / "truth.csv").open("w", newline="", encoding="utf-8") as file:
@@ -538,16 +553,19 @@ def write_data_set(out: Path, tiles: int, slides: int, size: int, seed: int,
     return written
 
 
-def report(out: Path, written: list[tuple[dict, np.ndarray]]) -> str:
+def report(out: Path, written: list[tuple[dict, np.ndarray]], other_lab: int = 0) -> str:
     """Return what was written, as text."""
+    settings = [] if out == Path("data/demo") else [f"data.root={out}"]
+    if other_lab:
+        slides = sorted({row["slide"] for row, _ in written})
+        settings.append(f"data.test_groups=[{','.join(slides[-other_lab:])}]")
     counts = Counter(row["defect"] for row, _ in written)
     shares = np.mean([share for _, share in written], 0)
     return "\n\n".join([
         f"{len(written)} tiles in {out}: frames/ and masks/, clean masks in truth/, planted defects in truth.csv",
         table(["defect", "tiles"], [[name, str(counts[name])] for name in ("none", *DEFECTS)]),
         table(["class", "share of the clean masks"], [[n, f"{v:.3f}"] for n, v in zip(CLASSES, shares, strict=True)]),
-        "next: " + command("python", "data_filter.py", "--config", "configs/demo.yaml",
-                           *([] if out == Path("data/demo") else [f"data.root={out}"])),
+        "next: " + command("python", "data_filter.py", "--config", "configs/demo.yaml", *settings),
     ])
 
 
@@ -561,20 +579,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--visible-defects", action="store_true", help="move masks only on tiles with 30 to 70 %% of "
                         "glass, and of a shift and its opposite plant the one that lays more tissue on glass: what a "
                         "filter sees best (default: on any tile, either shift)")
+    parser.add_argument("--other-lab", type=int, default=0, metavar="N", help="give the last N slides the look of "
+                        "another laboratory and scanner, to test how a model bears it (default: 0)")
     args = parser.parse_args(arguments)
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: expected {low} to {high}")
     if args.tiles < args.slides:
         raise UserError(f"--tiles {args.tiles}: expected at least one tile for each of the {args.slides} slides")
+    if not 0 <= args.other_lab < args.slides:
+        raise UserError(f"--other-lab {args.other_lab}: expected 0 to {args.slides - 1}, fewer than all slides")
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with new_folder(args.out) as folder:
-        written = write_data_set(folder, args.tiles, args.slides, args.size, args.seed, args.visible_defects)
-    print(report(args.out, written))
+        written = write_data_set(folder, args.tiles, args.slides, args.size, args.seed, args.visible_defects,
+                                 args.other_lab)
+    print(report(args.out, written, args.other_lab))
 
 
 if __name__ == "__main__":

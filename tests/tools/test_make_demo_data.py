@@ -204,3 +204,26 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         demo.main([str(tmp_path / "out"), "--tiles", "12"])
     assert not any(tmp_path.iterdir())
+
+
+def test_slides_of_another_laboratory_look_different_and_have_the_same_masks(tmp_path, capsys):
+    arguments = ["--tiles", "8", "--slides", "4", "--size", "128", "--seed", "2"]
+    demo.main([str(tmp_path / "one"), *arguments])
+    demo.main([str(tmp_path / "labs"), *arguments, "--other-lab", "2"])
+    assert "data.test_groups=[s02,s03]" in capsys.readouterr().out
+    assert (tmp_path / "one/truth.csv").read_bytes() == (tmp_path / "labs/truth.csv").read_bytes()
+    for path in sorted((tmp_path / "one/masks").iterdir()):
+        here, there = (tmp_path / name for name in ("one", "labs"))
+        assert (here / "masks" / path.name).read_bytes() == (there / "masks" / path.name).read_bytes()
+        name = path.name.replace("mask", "frame")
+        images = [read(folder / "frames" / name).astype(float) for folder in (here, there)]
+        difference = np.median(images[1] - images[0], axis=(0, 1))
+        assert (difference != 0).any() == path.name.startswith(("mask#s02", "mask#s03"))
+        if difference.any():
+            assert difference[2] < difference[0] - 5, "its light is yellower"
+
+
+@pytest.mark.parametrize("count", ["-1", "4"])
+def test_not_all_slides_are_of_another_laboratory(tmp_path, count):
+    with pytest.raises(UserError, match="--other-lab .*expected 0 to 3"):
+        demo.main([str(tmp_path / "x"), "--tiles", "8", "--slides", "4", "--other-lab", count])
