@@ -182,8 +182,7 @@ class Augment:
     @property
     def needs_views(self) -> bool:
         """Whether crops are changed by more than flips and right angles."""
-        return any((self.rotate, self.scale, self.elastic, self.stain, self.brightness, self.contrast, self.blur,
-                    self.noise))
+        return any(value for value in vars(self).values() if not isinstance(value, bool))
 
 
 @dataclass(frozen=True)

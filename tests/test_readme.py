@@ -14,7 +14,7 @@ import pytest
 from helpers import REPOSITORY
 
 from common.config import Config
-from common.config_files import load_config
+from train import configs_of_seeds
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md",
          *sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs").glob("*.md"))]
@@ -107,9 +107,9 @@ def test_a_command_parses(page, command, parse):
         module = program.removesuffix(".py") if program.endswith(".py") else program
         package = (REPOSITORY / module.replace(".", "/")).is_dir()
         _, read = parse(f"{module}.__main__" if package else module, words)
-        settings = [word for word in words if re.match(r"[\w.]+=", word)]
+        settings = [word for word in words if re.match(r"[\w.]+=", word) and word not in getattr(read, "merge", ())]
         assert set(settings) <= {*getattr(read, "overrides", ()), *getattr(read, "runs", ())}
-        load_config(REPOSITORY / (getattr(read, "config", None) or "configs/dice_ce.yaml"), settings)
+        configs_of_seeds(REPOSITORY / (getattr(read, "config", None) or "configs/dice_ce.yaml"), settings)
     elif program in ("pytest", "ruff"):
         markers = re.findall(r'^    "(\w+):', text("pyproject.toml"), re.MULTILINE)
         assert all(word in markers for option, word in pairwise(words) if option == "-m")

@@ -8,6 +8,7 @@ import torch
 from gpu_helpers import random_crops
 from helpers import as_store, numpy_batches
 
+from common.config import Augment
 from common.store import Store
 from training.batches import batches_on, copy_pixels, store_on
 from training.crops import Crops, training_crops
@@ -130,3 +131,21 @@ def test_a_pinned_batch_that_is_filled_again_too_early_would_be_noticed(cuda_onl
     found = arrived(batches(), 200, cuda_only)
     wrong = int((found != torch.arange(200, dtype=torch.int32)).any(0).sum())
     record("the same with one buffer for all, of 200", wrong, at_least=1)
+
+
+def test_augmented_batches_are_those_of_the_cpu(device, record):
+    """All but the noise, which each device draws in its own way; a pixel between two labels may take either."""
+    augment = Augment(right_angles=True, rotate=180, scale=0.25, elastic=4, stain=0.2, brightness=0.2, contrast=0.2,
+                      blur=1.5)
+    store = as_store(random_tiles(8, 96, 80))
+    crops = training_crops([np.arange(64) % 8, np.array([], int)], 1, store.sizes, 64, 0, 1, augment)
+    on_device = replace(store, pixels=copy_pixels(device, store.pixels))
+    here = torch.cat(list(batches_on(torch.device("cpu"), crops, store, 16))).int()
+    for source in (store, on_device):
+        there = torch.cat(list(batches_on(device, crops, source, 16))).cpu().int()
+        difference = (there - here).abs()
+        record("augmented pixels, grey levels off", difference[..., :3].max().item(), at_most=2)
+        record("augmented labels that differ", (difference[..., 3] > 0).float().mean().item(), at_most=1e-3)
+    noisy = training_crops([np.arange(64) % 8, np.array([], int)], 1, store.sizes, 64, 0, 1, Augment(noise=20))
+    first, again = (torch.cat(list(batches_on(device, noisy, store, size))) for size in (16, 7))
+    assert torch.equal(first, again), "the noise of a crop does not depend on its batch"
