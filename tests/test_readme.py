@@ -154,7 +154,7 @@ def test_settings_exist(page):
     for together in [*rows, *([code] for code in alone)]:
         values = [code for code in together if "=" in code and "..." not in code]
         values += [needed for name, needed in NEEDED.items() if any(code.startswith(f"{name}=") for code in values)]
-        load_config(REPOSITORY / "configs/dice_ce.yaml", values)
+        configs_of_seeds(REPOSITORY / "configs/dice_ce.yaml", values)
         for code in together:
             section, _, name = SETTING.fullmatch(code)[1].partition(".")
             assert hasattr(getattr(Config(), section), name) or code == "data.greys", code  # the old name
