@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config_files import load_config
-from common.console import UserError, argument_parser, run
+from common.console import UserError, argument_parser, run, warn
 from common.files import file_name
 from common.memory import enough_memory, reuse_memory
 from common.result_folders import check_replaceable, names_in, replacing_folder
@@ -34,6 +34,7 @@ from evaluation.candidates import (
     ensemble_of,
     with_distinct_names,
 )
+from evaluation.experiments import explain_separate_seeds
 from evaluation.results import Evaluation, Merge
 from evaluation.scoring import score
 from evaluation.test_set import TestSet, open_test_set, tiles_of_split
@@ -61,7 +62,8 @@ def evaluate(candidates: Sequence[Candidate], test_set: TestSet, out: Path, tole
 
 def sources_of(candidates: Sequence[Candidate]) -> list[Path]:
     """Return what an evaluation is made from; a later evaluation may replace results of the same sources."""
-    return [*(candidate.source for candidate in candidates), Path(candidates[0].config.data.root)]
+    sources = [source for candidate in candidates for source in candidate.sources]
+    return [*dict.fromkeys(sources), Path(candidates[0].config.data.root)]
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -141,7 +143,9 @@ def read_merges(texts: Sequence[str], classes: Sequence[str]) -> list[Merge]:
     merges = []
     for text in texts:
         name, _, names = text.partition("=")
-        found = tuple(dict.fromkeys(names.split(",")))
+        name, found = name.strip(), tuple(dict.fromkeys(each.strip() for each in names.split(",")))
+        if any(merge.name == name for merge in merges):
+            raise UserError(f"--merge {text}: another --merge has the name {name}; choose another one")
         unknown = [each for each in found if each not in classes]
         if not name or unknown or len(found) >= len(classes):
             raise UserError(f"--merge {text}: write NAME=CLASS,CLASS with some, not all, of the classes "
@@ -167,7 +171,7 @@ def main() -> None:
     candidates = read_candidates(args, runs, overrides)
     merges = read_merges(args.merge, candidates[0].config.data.classes)
     out = args.out or default_folder(candidates, args)
-    sources = [candidates[0].source, args.images] if args.images else sources_of(candidates)
+    sources = [*candidates[0].sources, args.images] if args.images else sources_of(candidates)
     label_images = [path for candidate in candidates for path in (candidate.label_images or {}).values()]
     lists = [candidate.config.data.list_folder for candidate in candidates]
     inputs = [*sources_of(candidates), *sources, *lists, *label_images, *([Path(args.config)] if args.config else [])]
@@ -178,6 +182,11 @@ def main() -> None:
             print(unlabelled.summary(rows, candidates[0].config.data.classes))
         else:
             test_set = open_test_set(candidates, args.split)
+            if args.by and not any(re.search(args.by, tile.key) for tile in test_set.tiles):
+                raise UserError(f"--by '{args.by}' is found in no key of the {args.split} tiles, such as "
+                                f"{test_set.tiles[0].key}")
+            for reason in explain_separate_seeds(candidates):
+                warn(reason)
             print(report.summary(evaluate(candidates, test_set, out, args.tolerance, args.tiles, args.pictures, merges,
                                           args.by)))
     print(f"wrote {out}: {names_in(out)}")

@@ -38,39 +38,32 @@ LESS_MEMORY = ("start a new run with a smaller train.batch_size (half of it need
                "data.crop (half of it needs a quarter) or smaller model.widths")
 
 
-def configs_of_seeds(path: str, overrides: list[str]) -> list[Config]:
+def configs_of_seeds(path: str | Path, overrides: list[str]) -> list[Config]:
     """Load a config once for each of several seeds: seed=0,1 gives the runs NAME-seed0 and NAME-seed1."""
-    several = [override for override in overrides if re.fullmatch(r"seed=\d+(,\d+)+", override)]
-    if not several:
+    others = [override for override in overrides if not override.startswith("seed=")]
+    seed = next((override for override in reversed(overrides) if override.startswith("seed=")), "seed=")
+    if "," not in seed:
         return [load_config(path, overrides)]
-    config = load_config(path, [override for override in overrides if not override.startswith("seed=")])
-    seeds = dict.fromkeys(map(int, several[-1].removeprefix("seed=").split(",")))
+    if not re.fullmatch(r"seed=\d+(,\d+)+", seed):
+        raise UserError(f"command line: {seed}: write several seeds as whole numbers, such as seed=0,1,2")
+    config = load_config(path, others)
+    seeds = dict.fromkeys(map(int, seed.removeprefix("seed=").split(",")))
     return [apply_overrides(config, [f"seed={seed}", f"name={config.name}-seed{seed}"]) for seed in seeds]
 
 
 def train_seeds(configs: Sequence[Config], tensorboard: bool = False) -> None:
-    """Train several runs after each other. One that was interrupted goes on, one that is complete is left alone."""
+    """Train several runs after each other. One that was interrupted goes on, one that is complete stays as it is."""
     for number, config in enumerate(configs, start=1):
         folder = Path("runs") / config.name
-        print(f"seed {config.seed}, {number} of {len(configs)}: {folder}", flush=True)
-        if not folder.exists():
-            start(config, tensorboard)
-        else:
-            reject_another(config, folder)
-            if finished(config, folder):
-                print("is complete", flush=True)
+        print(f"\nseed {config.seed}, {number} of {len(configs)}: {folder}", flush=True)
+        try:
+            if not folder.exists():
+                start(config, tensorboard)
             else:
-                current = dict(leaves(config))
-                resume(folder, [f"{name}={current[name]}" for name in RESUME_MAY_CHANGE], tensorboard)
-    runs = [str(Path("runs") / config.name) for config in configs]
-    print(f"\nall {len(configs)} seeds are trained\nnext:  {command('python', 'evaluate.py', *runs)}")
-
-
-def finished(config: Config, folder: Path) -> checkpoints.Checkpoint | None:
-    """Return the last checkpoint of a run that is complete."""
-    path = folder / "checkpoints" / "last.pt"
-    checkpoint = checkpoints.load_checkpoint(path) if path.is_file() else None
-    return checkpoint if checkpoint and reason_to_end(checkpoint.history, config) else None
+                reject_another(config, folder)
+                resume(folder, [f"{name}={dict(leaves(config))[name]}" for name in RESUME_MAY_CHANGE], tensorboard)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("give the same command again, and it goes on from here") from None
 
 
 def reject_another(config: Config, folder: Path) -> None:
@@ -129,7 +122,7 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
         write_csv(folder / "metrics.csv", history)  # its last row is missing if the run was killed before writing it
     if config.train.compile and not reason_to_end(history, config):
         print("train.compile: the first steps are slow, because the network is compiled", flush=True)
-    watch = Watch(folder, config, learner, data, len(history), tensorboard)
+    watch = Watch(folder, config, learner, data, history, tensorboard)
     while not reason_to_end(history, config):
         row = run_next_epoch(learner, data, config, history)
         is_best = row["val_loss"] < min((earlier["val_loss"] for earlier in history), default=math.inf)
@@ -147,8 +140,7 @@ def train(learner: Learner, data: TrainingSet, config: Config, folder: Path, his
               f"  validation {row['val_loss']:.4f} (EMA {row['val_ema']:.4f}){survivor}"
               f"  lr {row['lr']:.1e}  {row['seconds']:.1f} s{'  best' if is_best else ''}", flush=True)
     watch.end(history)
-    print(f"\n{reason_to_end(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv, figures/\n"
-          f"next:  {command('python', 'evaluate.py', str(folder))}")
+    print(f"\n{reason_to_end(history, config)}\nwrote {folder}/checkpoints/best.pt, metrics.csv, figures/", flush=True)
 
 
 def run_next_epoch(learner: Learner, data: TrainingSet, config: Config, history: list[dict]) -> dict:
@@ -208,12 +200,15 @@ def main() -> None:
     with enough_memory(LESS_MEMORY):
         if args.resume:
             resume(args.resume, args.overrides, args.tensorboard)
-            return
-        configs = configs_of_seeds(args.config, args.overrides)
-        if len(configs) > 1:
-            train_seeds(configs, args.tensorboard)
+            runs = [args.resume]
         else:
-            start(configs[0], args.tensorboard)
+            configs = configs_of_seeds(args.config, args.overrides)
+            if len(configs) == 1:
+                start(configs[0], args.tensorboard)
+            else:
+                train_seeds(configs, args.tensorboard)
+            runs = [Path("runs") / config.name for config in configs]
+    print(f"next:  {command('python', 'evaluate.py', *map(str, runs))}")
 
 
 if __name__ == "__main__":

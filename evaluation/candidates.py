@@ -72,9 +72,9 @@ class Candidate:
         return Path(*parts[:fixed])
 
     @property
-    def sources_text(self) -> str:
-        """The checkpoints, or the folder or pattern of the label images."""
-        return " + ".join(str(member.source) for member in self.members or (self,))
+    def sources(self) -> list[Path]:
+        """The checkpoint, several of an ensemble, or the folder or pattern of the label images."""
+        return [member.source for member in self.members or (self,)]
 
     @property
     def is_best(self) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import stdtrit
 
+from common.config import Filter
+from common.config_files import leaves
 from evaluation.candidates import Candidate
 
 Samples = dict[str, np.ndarray]  # every score under the bootstrap's weights: (R,) or (R, K + 1); row 0 is the score
@@ -22,8 +24,8 @@ class Experiment:
     """A config with its runs, or any other candidate by itself."""
 
     name: str
-    members: tuple[int, ...]  # places of its candidates
-    seeds: tuple[int, ...] = ()  # of its runs, in the same order, if there are several
+    members: tuple[int, ...]  # places of its candidates, by their seeds
+    seeds: tuple[int, ...] = ()  # of its runs, if there are several
 
 
 def experiments_of(candidates: Sequence[Candidate]) -> list[Experiment]:
@@ -33,24 +35,51 @@ def experiments_of(candidates: Sequence[Candidate]) -> list[Experiment]:
         found.setdefault(_without_seed(candidate) if candidate.run else i, []).append(i)
     experiments = []
     for members in found.values():
+        members = sorted(members, key=lambda i: candidates[i].config.seed)
         seeds = [candidates[i].config.seed for i in members]
         if 1 < len(members) == len(set(seeds)):
-            names = [candidates[i].name for i in members]
-            experiments.append(Experiment(_common_name(names), tuple(members), tuple(seeds)))
+            name = _common_name([candidates[i].name for i in members])
+            if any(candidate.name == name for candidate in candidates):
+                name += f" ({len(seeds)} seeds)"
+            experiments.append(Experiment(name, tuple(members), tuple(seeds)))
         else:
             experiments += [Experiment(candidates[i].name, (i,)) for i in members]
-    return sorted(experiments, key=lambda experiment: experiment.members[0])
+    return sorted(experiments, key=lambda experiment: min(experiment.members))
 
 
 def _without_seed(candidate: Candidate) -> tuple:
+    """Return all that runs of one experiment have in common; tiles.csv says what came of the filter's settings."""
     config = candidate.config
     data = replace(config.data, root="", cache="")
-    return replace(config, name="-", seed=0, device="auto", data=data), candidate.source.name
+    return (replace(config, name="-", seed=0, device="auto", data=data, filter=Filter()), candidate.tiles_identity,
+            candidate.source.name)
+
+
+def explain_separate_seeds(candidates: Sequence[Candidate]) -> list[str]:
+    """Say why runs are not one row although their names differ only in a seed."""
+    found: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        if candidate.run and (name := _without_number(candidate.name)) != candidate.name:
+            found.setdefault(name, []).append(candidate)
+    reasons = []
+    for first, *others in found.values():
+        for other in others:
+            ours, theirs = (dict(leaves(_without_seed(candidate)[0])) for candidate in (first, other))
+            reason = next((f"{name} is {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]),
+                          "tiles.csv or the checkpoints are others" if _without_seed(first) != _without_seed(other) else
+                          f"both have seed={first.config.seed}" if first.config.seed == other.config.seed else "")
+            if reason:
+                reasons.append(f"{first.name} and {other.name} are not seeds of one config: {reason}")
+    return reasons
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"[-_.]?seed[-_.]?\d+", "", name)
 
 
 def _common_name(names: Sequence[str]) -> str:
     """Return the name that they have without their seed: demo-seed0 and demo-seed1 are called demo."""
-    common = {re.sub(r"[-_.]?seed[-_.]?\d+", "", name) for name in names}
+    common = {_without_number(name) for name in names}
     return common.pop() if len(common) == 1 and "" not in common else f"{names[0]} and {len(names) - 1} more"
 
 
@@ -64,11 +93,12 @@ def seed_margins(samples: Sequence[Samples]) -> Samples:
     return {name: _margin([of_run[name][0] for of_run in samples]) for name in samples[0]}
 
 
-def seed_margins_of_difference(first: Sequence[Samples], other: Sequence[Samples], are_pairs: bool) -> Samples:
+def seed_margins_of_difference(first: Sequence[Samples], other: Sequence[Samples], are_pairs: bool,
+                               are_runs: bool) -> Samples:
     """Return the same for the difference of two experiments.
 
     With `are_pairs`, both have the same seeds in one order, and the differences of each seed count. Otherwise the
-    experiments vary independently. A single run is then taken to vary like the runs of the other experiment.
+    experiments vary independently; if both `are_runs`, a single one is taken to vary like those of the other.
     """
     names = [name for name in other[0] if name in first[0]]
     if are_pairs:
@@ -76,7 +106,7 @@ def seed_margins_of_difference(first: Sequence[Samples], other: Sequence[Samples
     margins = {}
     for name in names:
         a, b = ([of_run[name][0] for of_run in samples] for samples in (first, other))
-        margins[name] = np.hypot(_margin(a, like=b), _margin(b, like=a))
+        margins[name] = np.hypot(_margin(a, like=b if are_runs else ()), _margin(b, like=a if are_runs else ()))
     return margins
 
 

@@ -63,7 +63,7 @@ def compared_losses(histories: dict[str, Sequence[dict]]) -> Figure:
     Different loss functions have different scales, so only the shapes of their curves can be compared.
     """
     figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
-    titles = {"train": "training: EMA (thin: raw)", "val": "survivor's validation: EMA (thin: raw, star: best.pt)"}
+    titles = {"train": "training: EMA (thin: raw)", "val": "validation: EMA (thin: raw, star: best.pt)"}
     for axis, (part, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         lines = []
         for number, (name, history) in enumerate(histories.items()):

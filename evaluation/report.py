@@ -201,7 +201,10 @@ def about_tiles(contents: dict) -> list[str]:
         sentences.append(f"With {groups} groups the intervals are rough.")
     if contents["experiments"]:
         sentences.append("Rows of several seeds are means over the runs. Their intervals hold the chance of slides and "
-                         "of seeds; differences compare the same slides, and the same seeds if both rows have them.")
+                         "of seeds; differences compare the same slides, and the same seeds if both rows have just "
+                         "these.")
+        if any(len(experiment["seeds"]) in (2, 3) for experiment in contents["experiments"]):
+            sentences.append("Two or three seeds say little about others, so such intervals are wide.")
     if any("loss" in candidate for candidate in contents["entries"]) and not all(
             experiment["seeds"] for experiment in contents["experiments"] or [{"seeds": []}]):
         single = "Scores, intervals and differences of one run" if contents["experiments"] else (

@@ -122,7 +122,7 @@ def _candidate_results(evaluation: Evaluation, scores: list[Samples], i: int) ->
     if tally.calibration is not None:
         reliability = dict(zip(("pixels", "confidence", "right"), tally.calibration.sum(0).tolist(), strict=True))
     return {
-        "name": candidate.name, "source": candidate.sources_text, **candidate.model_facts(),
+        "name": candidate.name, "source": " + ".join(map(str, candidate.sources)), **candidate.model_facts(),
         "scores": _with_intervals(scores[i], evaluation, _present(evaluation, [i])),
         "difference_to_first": _with_intervals(differences, evaluation, _present(evaluation, [0, i])),
         "tiles_behind_means": by_class(truth | predicted),
@@ -144,7 +144,8 @@ def _experiment_results(evaluation: Evaluation, scores: list[Samples], entries: 
         if experiment is not first:
             of_first, are_pairs = [scores[i] for i in first.members], first.seeds == experiment.seeds != ()
             differences = _differences(mean_samples(of_first), mean_samples(samples))
-            margins = seed_margins_of_difference(of_first, samples, are_pairs)
+            are_runs = all(evaluation.candidates[other.members[0]].run for other in (first, experiment))
+            margins = seed_margins_of_difference(of_first, samples, are_pairs, are_runs)
         facts = [entries[i] for i in experiment.members]
         shared = {name: value for name, value in facts[0].items() if name in FACTS_OF_TABLES
                   and all(entry[name] == value for entry in facts)}
@@ -154,7 +155,8 @@ def _experiment_results(evaluation: Evaluation, scores: list[Samples], entries: 
             "scores": _with_intervals(mean_samples(samples), evaluation, _present(evaluation, experiment.members),
                                       seed_margins(samples)),
             "difference_to_first": _with_intervals(
-                differences, evaluation, _present(evaluation, [*first.members, *experiment.members]), margins),
+                differences, evaluation, _present(evaluation, [*first.members, *experiment.members]), margins,
+                are_differences=True),
         })
     return found
 
@@ -170,7 +172,7 @@ def _present(evaluation: Evaluation, candidates: Iterable[int]) -> np.ndarray:
 
 
 def _with_intervals(scores: Samples, evaluation: Evaluation, present: np.ndarray,
-                    seed_margins: Samples | None = None) -> dict:
+                    seed_margins: Samples | None = None, are_differences: bool = False) -> dict:
     """Return value and interval of each score (R,), and of the classes and their mean for a score (R, K + 1).
 
     `present` (N, K) says which tiles have a class: only their groups are behind the interval of the class.
@@ -181,20 +183,24 @@ def _with_intervals(scores: Samples, evaluation: Evaluation, present: np.ndarray
     found = {}
     for name, samples in scores.items():
         margins = seed_margins[name] if seed_margins else np.zeros(samples.shape[1:])
+        most = math.inf if name.endswith(("hausdorff", "hd95")) else 1.0
+        bounds = (-most if are_differences else 0.0), most
         if samples.ndim == 1:
-            found[name] = with_interval(samples, groups["mean"], margins)
+            found[name] = with_interval(samples, groups["mean"], margins, bounds)
         else:
-            found[name] = {column: with_interval(samples[:, k], groups[column], margins[k])
+            found[name] = {column: with_interval(samples[:, k], groups[column], margins[k], bounds)
                            for k, column in enumerate(groups)}
     return found
 
 
-def with_interval(samples: np.ndarray, groups: int, seed_margin: float = 0.0) -> dict:
-    """Return value and interval of a score (R,); the margin of seeds and that of slides add in squares."""
+def with_interval(samples: np.ndarray, groups: int, seed_margin: float = 0.0,
+                  bounds: tuple[float, float] = (0.0, 1.0)) -> dict:
+    """Return value and interval of a score (R,) between `bounds`. Margins of slides and seeds add in squares."""
     value = samples[0]
     low, high = bootstrap.interval(samples, groups)
     if seed_margin:
-        low, high = value - math.hypot(value - low, seed_margin), value + math.hypot(high - value, seed_margin)
+        low = max(value - math.hypot(value - low, seed_margin), bounds[0])
+        high = min(value + math.hypot(high - value, seed_margin), bounds[1])
     return {"value": json_number(value), "low": json_number(low), "high": json_number(high)}
 
 
@@ -224,10 +230,13 @@ def merged_results(evaluation: Evaluation, weights: np.ndarray) -> list[dict]:
 
 
 def parts_of(evaluation: Evaluation) -> list[str]:
-    """Return the part of each tile of the test set; "" for a key in which `part_of` finds none."""
-    found = [re.search(evaluation.part_of, tile.key) if evaluation.part_of else None
-             for tile in evaluation.test_set.tiles]
-    return [match.group(match.lastindex or 0) or "" if match else "" for match in found]
+    """Return the part of each tile of the test set; "" for a key in which `part_of` finds none.
+
+    It is the first group of the regular expression, or all that it finds, as for data.group.
+    """
+    pattern = re.compile(evaluation.part_of)
+    found = [pattern.search(tile.key) for tile in evaluation.test_set.tiles]
+    return [(match[1] if pattern.groups else match[0]) or "" if match else "" for match in found]
 
 
 def evenly_spaced(values: Sequence, count: int) -> list:

@@ -37,7 +37,7 @@ def test_a_run_leaves_what_the_readme_says(workplace, tiny, capsys):
         assert float(row["val_loss"]) == min(folds) and int(row["survivor"]) == int(np.argmin(folds))
     best = min(rows, key=lambda row: float(row["val_loss"]))
     assert checkpoints.load_checkpoint(run / "checkpoints/best.pt").epoch == int(best["epoch"])
-    assert "python evaluate.py runs/tiny" in capsys.readouterr().out
+    assert "all 3 epochs (train.epochs) are done\nwrote runs/tiny/checkpoints/best.pt" in capsys.readouterr().out
 
 
 def test_the_network_learns_a_simple_task(workplace, tiles_root):
@@ -79,29 +79,52 @@ def test_several_seeds_give_the_runs_of_each_and_go_on_where_they_were_interrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_checkpoint", killed_in_the_second_run)
-        assert here(*command, cwd=workplace).returncode != 0
+        interrupted = here(*command, cwd=workplace)
+    assert interrupted.returncode != 0 and "give the same command again" in interrupted.stderr
     done = (workplace / "runs/tiny-seed3/checkpoints/last.pt").read_bytes()
     out = here(*command, cwd=workplace)
     assert out.returncode == 0, out.stderr
-    assert out.stdout.count("is complete") == 1
+    assert out.stdout.count("epoch 1/2") == 0 and out.stdout.count("epoch 2/2") == 1
     assert out.stdout.endswith("next:  python evaluate.py runs/tiny-seed3 runs/tiny-seed4\n")
+    assert out.stdout.count("next:") == 1
     assert (workplace / "runs/tiny-seed3/checkpoints/last.pt").read_bytes() == done
     train.start(apply_overrides(tiny, ["name=alone", "seed=4", "train.epochs=2"]))
     several, alone = (checkpoint_contents(workplace / "runs" / name) for name in ("tiny-seed4", "alone"))
     alone["config"]["name"] = "tiny-seed4"
     assert_equal(several, alone)
     longer = here(*command[:-1], "train.epochs=3", cwd=workplace)
-    assert longer.returncode == 0 and "is complete" not in longer.stdout
+    assert longer.returncode == 0 and longer.stdout.count("epoch 3/3") == 2
     assert len(checkpoint_contents(workplace / "runs/tiny-seed3")["history"]) == 3
+    shorter = here(*command, cwd=workplace)
+    assert shorter.returncode == 2 and "can be made longer, not shorter" in shorter.stderr
     other = here(*command, "loss.name=ce", cwd=workplace)
     assert other.returncode == 2 and "runs/tiny-seed3 was trained with loss.name=dice_ce, not ce" in other.stderr
 
 
-@pytest.mark.parametrize("seeds", ["0,", "0,x", "1,,2"])
+def test_a_complete_seed_of_other_tiles_is_not_taken_for_one_of_the_series(workplace, tiny, here):
+    (workplace / "tiny.yaml").write_text(to_yaml(tiny))
+    command = "train.py", "--config", "tiny.yaml", "train.epochs=1"
+    assert here(*command, "seed=0,1", cwd=workplace).returncode == 0
+    path = tiny.data.list_folder / TILE_LIST
+    tiles = read_list(path)
+    write_tiles(path, [tiles[0].__class__(**(vars(tiles[0]) | {"split": "excluded"})), *tiles[1:]])
+    out = here(*command, "seed=0,1,2", cwd=workplace)
+    assert out.returncode == 2 and "changed since this run began" in out.stderr
+    assert not (workplace / "runs/tiny-seed2").exists()
+
+
+@pytest.mark.parametrize("seeds", ["0,", "0,x", "1,,2", "[0,1]", "0, 1"])
 def test_seeds_that_cannot_be_read_are_rejected(workplace, tiny, here, seeds):
     (workplace / "tiny.yaml").write_text(to_yaml(tiny))
     out = here("train.py", "--config", "tiny.yaml", f"seed={seeds}", cwd=workplace)
-    assert out.returncode == 2 and "seed must be a whole number" in out.stderr and not (workplace / "runs").exists()
+    assert out.returncode == 2 and "such as seed=0,1,2" in out.stderr and not (workplace / "runs").exists()
+
+
+def test_the_last_seed_counts(tiny, workplace):
+    (workplace / "tiny.yaml").write_text(to_yaml(tiny))
+    several = ["tiny-seed2", "tiny-seed1"]
+    for overrides, names in ((["seed=0,1", "seed=5"], ["tiny"]), (["seed=5", "seed=2,2,1"], several)):
+        assert [config.name for config in train.configs_of_seeds("tiny.yaml", overrides)] == names
 
 
 # ---------------------------------------------------------------------------------------------- resumed runs

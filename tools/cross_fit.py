@@ -17,13 +17,21 @@ from common.config import Config
 from common.config_files import apply_overrides, load_config
 from common.console import Progress, UserError, argument_parser, command, run, warn
 from dataset import TILE_LIST, identity, read_tiles
-from train import finished, reject_another
+from train import reason_to_end, reject_another
+from training.checkpoints import Checkpoint, load_checkpoint
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 
 
 def part_config(config: Config, part: int, parts: int) -> Config:
     return apply_overrides(config, [f"name={config.name}.part{part}", f"train.leave_out={part}/{parts}"])
+
+
+def finished(config: Config, folder: Path) -> Checkpoint | None:
+    """Return the last checkpoint of a run that is complete."""
+    path = folder / "checkpoints" / "last.pt"
+    checkpoint = load_checkpoint(path) if path.is_file() else None
+    return checkpoint if checkpoint and reason_to_end(checkpoint.history, config) else None
 
 
 def main() -> None:

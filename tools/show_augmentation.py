@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from common import palette
 from common.config import Config
 from common.config_files import load_config
-from common.console import UserError, argument_parser, run
+from common.console import UserError, argument_parser, percent, run
 from common.masks import IGNORE
 from common.store import Store, read_pair
 from dataset import SPLITS, TILE_LIST, Tile, read_tiles
@@ -24,6 +24,7 @@ from training.batches import batches_on
 from training.crops import training_crops, validation_crops
 
 FORMS, COLUMNS = 16, 8  # the first is the tile as it is
+MUCH = 0.1  # from this share of pixels without a class on, a smaller crop is advised
 
 
 def find_tile(config: Config, key: str) -> Tile:
@@ -86,9 +87,13 @@ def main() -> None:
         raise UserError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")
     config = load_config(args.config, args.overrides)
     tile = find_tile(config, args.tile)
-    figure = sheet(forms_of(tile, config, FORMS), f"{tile.key}: {describe(config)}", config.data.classes)
-    palette.save(figure, args.out)
-    print(f"wrote {args.out}: tile {tile.key} as it is, and in {FORMS - 1} forms of training")
+    forms = forms_of(tile, config, FORMS)
+    palette.save(sheet(forms, f"{tile.key}: {describe(config)}", config.data.classes), args.out)
+    outside = (forms[1:, ..., 3] == IGNORE).mean()
+    print(f"wrote {args.out}: tile {tile.key} as it is, and in {FORMS - 1} forms of training; {percent(outside)} of "
+          "their pixels have no class")
+    if outside > MUCH:
+        print(f"a data.crop smaller than {config.data.crop} shows less of what is outside the tile")
 
 
 if __name__ == "__main__":

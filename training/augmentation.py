@@ -161,7 +161,8 @@ def blurred(images: Tensor, views: Views) -> Tensor:
         return images
     count, _, height, width = images.shape
     radius = min(math.ceil(3 * views.blur.max()), height - 1, width - 1)
-    weights = np.exp(-np.arange(-radius, radius + 1) ** 2 / (2 * np.maximum(views.blur, 1e-3)[:, None] ** 2))
+    places, sigma = abs(np.arange(-radius, radius + 1)), np.maximum(views.blur, 1e-3)[:, None]
+    weights = np.exp(-places ** 2 / (2 * sigma ** 2)) * (places <= np.ceil(3 * sigma))  # whatever the others' sigma
     kernels = _on(images.device, (weights / weights.sum(1, keepdims=True)).astype(np.float32)).repeat_interleave(3, 0)
     padded = functional.pad(images, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # (1, B 3, H', W')
     for shape in ((-1, 1, 2 * radius + 1, 1), (-1, 1, 1, 2 * radius + 1)):

@@ -18,23 +18,31 @@ from training.training_set import TrainingSet
 
 SECONDS_BETWEEN_PICTURES = 60
 SHOWN = 6  # tiles in predictions.png
+PANEL = {"kfold": "tiles that it has learned from or will", "plain": "tiles of the fold that validates"}
 LEFT_OUT = ("epoch", "survivor", "seconds", "peak_memory_mb")  # columns of metrics.csv that TensorBoard does not show
 
 
 class Watch:
     """Writes the pictures of a run, at most once in a minute and at the end, and sends TensorBoard every epoch."""
 
-    def __init__(self, folder: Path, config: Config, learner: Learner, data: TrainingSet, epochs_done: int,
-                 tensorboard: bool):
+    def __init__(self, folder: Path, config: Config, learner: Learner, data: TrainingSet,
+                 history: list[dict], tensorboard: bool):
         self.folder, self.config, self.learner, self.data = folder / "figures", config, learner, data
-        self.board = open_board(folder / "tensorboard", epochs_done) if tensorboard else None
+        self.board = open_board(folder / "tensorboard", len(history)) if tensorboard else None
+        if self.board and history:  # a run may be killed after it saved an epoch and before it sent it
+            self.send(history[-1])
         self.drawn = time.monotonic()
+
+    def send(self, row: dict) -> None:
+        """Send an epoch's row of metrics.csv to TensorBoard."""
+        for name, value in row.items():
+            if name not in LEFT_OUT:
+                self.board.add_scalar(name, value, row["epoch"])
+        self.board.flush()
 
     def after_epoch(self, history: list[dict]) -> None:
         if self.board:
-            for name, value in history[-1].items():
-                if name not in LEFT_OUT:
-                    self.board.add_scalar(name, value, history[-1]["epoch"])
+            self.send(history[-1])
         if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
             self.draw(history)
 
@@ -42,7 +50,7 @@ class Watch:
         config, epoch = self.config, history[-1]["epoch"]
         palette.save(figures.losses(history, config.train.models, config.name), self.folder / "losses.png")
         predictions = figures.predictions(*predicted_tiles(self.learner, self.data, config), config.data.classes,
-                                          f"{config.name}, epoch {epoch}")
+                                          f"{config.name}, epoch {epoch}: {PANEL[config.train.scheme]}")
         palette.save(predictions, self.folder / "predictions.png")
         if self.board:
             self.board.add_figure("predictions", predictions, epoch)
@@ -73,11 +81,11 @@ def predicted_tiles(learner: Learner, data: TrainingSet,
             labels.to(torch.uint8).cpu().numpy())
 
 
-def open_board(folder: Path, epochs_done: int):
-    """Return a writer for TensorBoard, which drops what an interrupted run has sent of the next epoch."""
+def open_board(folder: Path, last_epoch: int):
+    """Return a writer for TensorBoard, which replaces what an earlier start of the run has sent of its last epoch."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(f"--tensorboard needs a package that is missing ({error}): pip install -r "
                         "requirements-extra.txt") from None
-    return SummaryWriter(folder, purge_step=epochs_done + 1)
+    return SummaryWriter(folder, purge_step=last_epoch or None)

@@ -9,24 +9,31 @@ from helpers import always_predict, copy_run, read_rows, read_scores, run_evalua
 from scipy import stats
 
 from common import bootstrap
-from common.config import Config, Loss
-from evaluation.experiments import experiments_of, mean_samples, seed_margins, seed_margins_of_difference
+from common.config import Config, Filter, Loss
+from evaluation.experiments import (
+    experiments_of,
+    explain_separate_seeds,
+    mean_samples,
+    seed_margins,
+    seed_margins_of_difference,
+)
 from evaluation.results import with_interval
 
 
-def candidate(name, seed=0, file="best.pt", run=True, **settings):
+def candidate(name, seed=0, file="best.pt", run=True, tiles="same", **settings):
     config = replace(Config(name=name.partition(" ")[0], seed=seed), **settings)
-    return SimpleNamespace(name=name, config=config, source=SimpleNamespace(name=file), run=run or None)
+    return SimpleNamespace(name=name, config=config, source=SimpleNamespace(name=file), run=run or None,
+                           tiles_identity=tiles)
 
 
 def test_runs_that_differ_only_in_their_seed_belong_together():
     ce = {"loss": Loss(name="ce")}
-    candidates = [candidate("a-seed0", 0), candidate("b-seed0", 0, **ce), candidate("a-seed1", 1, device="cpu"),
-                  candidate("labels", run=False), candidate("b-seed7", 7, **ce), candidate("a-seed2", 2),
+    candidates = [candidate("a-seed2", 2), candidate("b-seed0", 0, **ce), candidate("a-seed1", 1, device="cpu"),
+                  candidate("labels", run=False), candidate("b-seed7", 7, **ce), candidate("a-seed0", 0),
                   candidate("a-seed0 (last)", 0, file="last.pt")]
     found = experiments_of(candidates)
     assert [(e.name, e.members, e.seeds) for e in found] == [
-        ("a", (0, 2, 5), (0, 1, 2)), ("b", (1, 4), (0, 7)), ("labels", (3,), ()), ("a-seed0 (last)", (6,), ())]
+        ("a", (5, 2, 0), (0, 1, 2)), ("b", (1, 4), (0, 7)), ("labels", (3,), ()), ("a-seed0 (last)", (6,), ())]
 
 
 def test_two_runs_of_one_seed_are_not_two_seeds_and_other_names_are_kept():
@@ -44,19 +51,22 @@ def test_margins_are_students_over_seeds():
     assert mean_samples(samples)["dice"][1] == pytest.approx(values.mean(0) + 1)
     assert (seed_margins(samples[:1])["dice"] == 0).all()
     other = [{"dice": sample["dice"] + 0.25} for sample in samples]
-    assert seed_margins_of_difference(samples, other, are_pairs=True)["dice"] == pytest.approx([0, 0])
-    apart = seed_margins_of_difference(samples, other, are_pairs=False)["dice"]
+    assert seed_margins_of_difference(samples, other, are_pairs=True, are_runs=True)["dice"] == pytest.approx([0, 0])
+    apart = seed_margins_of_difference(samples, other, are_pairs=False, are_runs=True)["dice"]
     assert apart == pytest.approx(margins * 2**0.5)
-    alone = seed_margins_of_difference(samples, other[:1], are_pairs=False)["dice"]
+    alone = seed_margins_of_difference(samples, other[:1], are_pairs=False, are_runs=True)["dice"]
     assert alone == pytest.approx(np.hypot(margins, margins * 3**0.5)), "one run varies like those of the other config"
-    assert (seed_margins_of_difference(samples[:1], other[:1], are_pairs=False)["dice"] == 0).all()
+    labels = seed_margins_of_difference(samples, other[:1], are_pairs=False, are_runs=False)["dice"]
+    assert labels == pytest.approx(margins), "label images have no seed"
+    assert (seed_margins_of_difference(samples[:1], other[:1], False, True)["dice"] == 0).all()
 
 
 @pytest.mark.parametrize(("slides", "seeds", "of_slides", "of_seeds"), [
-    (30, 3, 0.1, 0.01), (30, 3, 0.02, 0.05), (30, 3, 0.1, 0.03), (20, 5, 0.05, 0.05), (40, 2, 0.1, 0.02)])
+    (30, 3, 0.1, 0.01), (30, 3, 0.02, 0.05), (30, 3, 0.1, 0.03), (20, 8, 0.05, 0.05), (40, 2, 0.1, 0.02)])
 def test_the_interval_contains_the_expected_score_as_often_as_it_says(slides, seeds, of_slides, of_seeds):
     """The expected score is that over all slides and seeds. Each slide is as hard for each seed, with its own noise."""
     random, hits, trials = np.random.default_rng(0), 0, 300
+    widths = []
     weights = bootstrap.resampled_weights([f"s{i}" for i in range(slides)])[:501]
     for _ in range(trials):
         scores = (0.8 + of_slides * random.normal(size=slides) + of_seeds * random.normal(size=(seeds, 1))
@@ -64,7 +74,11 @@ def test_the_interval_contains_the_expected_score_as_often_as_it_says(slides, se
         samples = [{"dice": weights @ of_run / slides} for of_run in scores]
         interval = with_interval(mean_samples(samples)["dice"], slides, seed_margins(samples)["dice"])
         hits += interval["low"] <= 0.8 <= interval["high"]
-    assert 0.92 <= hits / trials <= 1
+        widths.append(interval["high"] - interval["low"])
+    assert hits / trials >= 0.92
+    parts = 2 * stats.t.ppf(0.975, slides - 1) * of_slides / slides**0.5, (
+        2 * stats.t.ppf(0.975, seeds - 1) * of_seeds / seeds**0.5)
+    assert np.mean(widths) < 1.15 * np.hypot(*parts), "and it is no wider than it needs to be"
 
 
 @pytest.fixture
@@ -81,7 +95,7 @@ def seeds(trained, tmp_path):
         (folder / "config.yaml").write_text(text.replace("seed: 0", f"seed: {seed}").replace("dice_ce", loss))
         return folder
     return [run("a-seed0", 0, "dice_ce", 1), run("a-seed1", 1, "dice_ce", 2), run("b-seed0", 0, "ce", 1),
-            run("b-seed1", 1, "ce", 0)]
+            run("b-seed1", 1, "ce", 2)]
 
 
 def test_an_evaluation_of_several_seeds(seeds, tmp_path, capsys):
@@ -99,9 +113,13 @@ def test_an_evaluation_of_several_seeds(seeds, tmp_path, capsys):
         margin = stats.t.ppf(0.975, 1) * abs(of_runs[0] - of_runs[1]) / 2
         assert found["high"] - found["value"] >= margin - 2e-6
     difference = b["difference_to_first"]["dice"]["mean"]
-    pairs = [dice["b-seed0"] - dice["a-seed0"], dice["b-seed1"] - dice["a-seed1"]]
-    assert difference["value"] == pytest.approx(np.mean(pairs), abs=2e-6)
-    assert difference["low"] < difference["value"] < difference["high"]
+    assert difference == {"value": 0, "low": 0, "high": 0}, "the runs of each seed answer the same"
+    run_evaluate(seeds[1], seeds[0], seeds[2], seeds[3], "--split", "all", "--out", "shuffled")
+    assert read_scores(tmp_path / "shuffled")["experiments"][1]["difference_to_first"]["dice"]["mean"] == difference
+    run_evaluate(*seeds[:3], "--split", "all", "--out", "single")
+    single = read_scores(tmp_path / "single")["experiments"][1]["difference_to_first"]["dice"]["mean"]
+    margin = stats.t.ppf(0.975, 1) * abs(dice["a-seed0"] - dice["a-seed1"]) / 2
+    assert single["high"] - single["value"] >= np.hypot(margin, margin * 2**0.5) - 2e-6
     lines = printed.splitlines()
     assert [line.split()[:2] for line in lines[:4]] == [["run", "seeds"], ["a", "2"], ["b", "2"], ["all", "tumour"]]
     assert "hold the chance of slides and of seeds" in printed and "another seed" not in printed
@@ -119,3 +137,23 @@ def test_one_run_beside_seeds_is_a_row_of_one(seeds, tmp_path, capsys):
     assert (single["name"], single["seeds"], both["seeds"]) == ("b-seed0", [], [0, 1])
     printed = capsys.readouterr().out
     assert printed.splitlines()[1].split()[:2] == ["b-seed0", "1"] and "of one run describe these weights" in printed
+
+
+def test_runs_named_like_seeds_that_are_not_of_one_config_are_explained(seeds, capsys):
+    runs = [candidate("a-seed0"), candidate("a-seed1", 1, loss=Loss(name="ce")), candidate("a-seed2", 0),
+            candidate("a-seed3", 3, filter=Filter(max_shift=1)), candidate("a-seed4", 4, tiles="others"),
+            candidate("b")]
+    assert explain_separate_seeds(runs) == [
+        "a-seed0 and a-seed1 are not seeds of one config: loss.name is dice_ce and ce",
+        "a-seed0 and a-seed2 are not seeds of one config: both have seed=0",
+        "a-seed0 and a-seed4 are not seeds of one config: tiles.csv or the checkpoints are others"]
+    (seeds[0].parent / "a-seed1").rename(seeds[0].parent / "b-seed5")
+    run_evaluate(seeds[0], seeds[0].parent / "b-seed5", seeds[2], "--split", "all", "--out", "out")
+    assert "b-seed5 and b-seed0 are not seeds of one config: loss.name is dice_ce and ce" in capsys.readouterr().err
+
+
+def test_intervals_stay_in_the_range_of_the_score():
+    samples, margin = np.array([0.9, 0.8, 0.85, 0.95] * 500), 3.0
+    assert with_interval(samples, 30, margin) == {"value": 0.9, "low": 0.0, "high": 1.0}
+    assert with_interval(samples, 30, margin, (-1.0, 1.0))["low"] == -1
+    assert with_interval(samples, 30, margin, (0.0, np.inf))["high"] == pytest.approx(3.9, abs=0.01)

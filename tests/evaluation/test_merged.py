@@ -53,7 +53,9 @@ def test_scores_of_merged_classes_by_part(trained, tmp_path, capsys):
     (["--merge", "gland"], "--merge gland: write NAME=CLASS,CLASS"),
     (["--merge", "x=tissue,stroma"], "background, tissue"),
     (["--merge", "x=background,tissue,tumour"], "not all"), (["--by", "x"], "--by has no effect without --merge"),
-    (["--merge", "x=tumour", "--by", "("], "not a regular expression")])
+    (["--merge", "x=tumour", "--by", "("], "not a regular expression"),
+    (["--merge", "x=tumour", "--merge", " x =tissue"], "another --merge has the name x"),
+    (["--merge", "x=tumour", "--by", "nothing"], "is found in no key of the test tiles, such as s")])
 def test_merges_that_cannot_be_read_are_rejected(trained, options, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         run_evaluate(trained, *options)
@@ -83,6 +85,9 @@ def test_an_ensemble_predicts_images_and_needs_two_runs(trained, tmp_path):
     other = copy_run(trained, "other", lambda weights: None)
     run_evaluate(trained, other, "--ensemble", "--images", tmp_path / "tiles/frames")
     run_evaluate(trained, "--images", tmp_path / "tiles/frames")
+    with pytest.raises(UserError, match="would be replaced, but holds results of .*tiny.*other"):
+        run_evaluate(trained, copy_run(trained, "third", lambda weights: None), "--ensemble", "--images",
+                     tmp_path / "tiles/frames")
     folders = [tmp_path / "runs/ensemble-predictions-frames/labels", trained / "predictions-frames/labels"]
     for path in folders[1].iterdir():
         assert (np.array(Image.open(path)) == np.array(Image.open(folders[0] / path.name))).all()

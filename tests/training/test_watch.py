@@ -37,10 +37,12 @@ def test_the_shown_tiles_stay_the_same_and_validate_in_plain_training(tiny, sche
     assert again[0] == keys and (again[1] == images).all() and (again[3] == 2).all()
 
 
-def test_tensorboard_gets_each_epoch_once_also_of_a_resumed_run(workplace, tiny, monkeypatch):
+def test_tensorboard_gets_each_epoch_once_also_of_a_run_killed_before_it_sent_one(workplace, tiny, monkeypatch):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setattr(watch, "SECONDS_BETWEEN_PICTURES", 0)
-    train.start(apply_overrides(tiny, ["train.epochs=2"]), tensorboard=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(watch.Watch, "after_epoch", killed_after(1, watch.Watch.after_epoch))
+        train.start(tiny, tensorboard=True)
     train.resume(workplace / "runs/tiny", ["train.epochs=3"], tensorboard=True)
     found = accumulators.EventAccumulator(str(workplace / "runs/tiny/tensorboard"))
     found.Reload()
@@ -49,7 +51,16 @@ def test_tensorboard_gets_each_epoch_once_also_of_a_resumed_run(workplace, tiny,
         events = found.Scalars(name)
         assert [event.step for event in events] == [1, 2, 3]
         assert [event.value for event in events] == pytest.approx([row[name] for row in history], rel=1e-5)
-    assert {event.step for event in found.Images("predictions")} == {1, 2, 3}
+    assert {event.step for event in found.Images("predictions")} == {1, 3}
+
+
+def killed_after(epochs, after_epoch):
+    """The epoch that follows is saved, but TensorBoard does not hear of it."""
+    def replacement(self, history):
+        if len(history) > epochs:
+            raise KeyboardInterrupt
+        after_epoch(self, history)
+    return replacement
 
 
 def test_without_tensorboard_the_error_says_what_to_install(workplace, tiny, monkeypatch):
