@@ -27,7 +27,7 @@ from evaluation.results import Evaluation, evenly_spaced, results, tile_columns
 from evaluation.test_set import TestSet
 
 FEW_GROUPS = 10  # with fewer, intervals are rough
-MERGED = {"dice": "Dice", "tile_dice": "Dice, mean over tiles", "iou": "IoU", "tile_iou": "IoU, mean over tiles"}
+MERGED = {"dice": "Dice", "tile_dice": "tile Dice", "iou": "IoU", "tile_iou": "tile IoU"}
 DIFFERING = 3  # tiles on which the candidates differ most, in tiles.png
 
 
@@ -112,12 +112,11 @@ def merged_rows(contents: dict, digits: int) -> list[dict[str, str]]:
     form, rows = f".{digits}f", []
     for part in contents["merged"]:
         for row in part["rows"]:
-            cells = {"classes": f"{part['merge']} ({' + '.join(part['classes'])})", "part": part["part"] or "all",
-                     "tiles": str(part["tiles"]), "groups": str(part["groups"]), "run": row["name"],
-                     "seeds": str(len(row["seeds"]) or 1)}
+            cells = {"merge": part["merge"], "part": part["part"] or "all", "tiles": str(part["tiles"]),
+                     "groups": str(part["groups"]), "run": row["name"],
+                     "seeds": str(len(row["seeds"]) or 1) if contents["experiments"] else ""}
             for name, label in MERGED.items():
-                cells |= {label: cell(row[name], "value", form),
-                          f"{label}: 95 % interval": interval_cell(row[name], form)}
+                cells |= {label: cell(row[name], "value", form), f"{label} 95 %": interval_cell(row[name], form)}
             rows.append(cells)
     return rows
 
@@ -135,7 +134,10 @@ def tables(contents: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         of_experiments = readable([table_row(experiment) for experiment in contents["experiments"]])
         found = [("Means over seeds", *of_experiments), ("Each run", *found[0][1:])]
     if contents["merged"]:
-        found.append(("Classes taken together, against the rest", *readable(merged_rows(contents, digits=4))))
+        merges = "; ".join(dict.fromkeys(f"{part['merge']} is {' or '.join(part['classes'])}"
+                                         for part in contents["merged"]))
+        title = f"Classes taken together, against the rest ({merges})"
+        found.append((title, *readable(merged_rows(contents, digits=4))))
     return found
 
 
@@ -162,7 +164,7 @@ def summary(contents: dict) -> str:
     parts = [table([*left, *classes, *right], rows)]
     if contents["merged"]:
         header, merged = readable(merged_rows(contents, digits=3))
-        shown = [i for i, name in enumerate(header) if not name.startswith("IoU") or "interval" not in name]
+        shown = [i for i, name in enumerate(header) if name not in ("IoU 95 %", "tile IoU 95 %")]
         parts += ["", table([header[i] for i in shown], [[row[i] for i in shown] for row in merged]), ""]
     return "\n".join([*parts, *about_tiles(contents), about_distances(contents)])
 
