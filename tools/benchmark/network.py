@@ -6,6 +6,7 @@ float32 as PyTorch does by default: convolutions in TF32.
 """
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.config import Augment, Config, Model, Train
+from common.config import Config, Model, Train
 from common.config_files import load_config
 from common.devices import choose_precision
 from common.statistics import Statistics
@@ -68,13 +69,13 @@ def peer(name: str) -> nn.Module:
 # ---------------------------------------------------------------------------------------------- training
 
 def trainer(device: str, batch: int, steps: int, size: int = CROP, widths: tuple[int, ...] = Model.widths,
-            compiled: bool = False, augment: Augment | None = None) -> partial:
+            compiled: bool = False) -> partial:
     """Return a function that trains our network for `steps` steps as train.py does."""
     config = Config(device=device, model=Model(widths=widths), train=Train(compile=compiled))
     learner = build_learner(config, STATISTICS)
     store = store_on(learner.device, store_of(random_tiles(16, max(size, TILE))))
     rows = [np.arange(batch * steps) % len(store), np.array([], int)]
-    crops = training_crops(rows, 1, store.sizes, size, 0, 1, augment or Augment())
+    crops = training_crops(rows, 1, store.sizes, size, 0, 1)
     data = training_set.TrainingSet(store, rows[0], [Tile("", "", "")], STATISTICS, "")
     return partial(epochs.run_pass, learner, data, crops, batch, True, SILENT)
 
@@ -95,19 +96,38 @@ def our_steps(setting: Setting, compiled: bool = Train.compile) -> Lap:
     return Lap(lap, steps, {"work": steps * work, "batch": batch})
 
 
-def augmented_steps(setting: Setting, config_file: str = "", augmented: bool = True) -> Lap:
-    """Train as configs/augmented.yaml does, or without augmentation; `config_file` names another network and batch."""
-    config = load_config(CONFIGS / config_file) if config_file else Config()
-    augment = load_config(CONFIGS / "augmented.yaml").augment if augmented else Augment()
-    batch = config.train.batch_size if config_file else batch_size(setting)
-    steps = 20 if config_file or setting.device == "cuda" else 1
-    run = trainer(setting.device, batch, steps, config.data.crop, config.model.widths, augment=augment)
+def of_config(setting: Setting, config_file: str) -> Config:
+    """Return the network and batches of a config, or without one those of the report."""
+    if config_file:
+        return load_config(CONFIGS / config_file)
+    return replace(Config(), train=replace(Train(), batch_size=batch_size(setting)))
+
+
+def augmented_batches(setting: Setting, config_file: str = "") -> Lap:
+    """Cut batches from the store and augment them as configs/augmented.yaml says."""
+    config, count = of_config(setting, config_file), 10
+    store = store_on(torch.device(setting.device), store_of(random_tiles(16)))
+    rows = [np.arange(config.train.batch_size * count) % len(store), np.array([], int)]
+    augment = load_config(CONFIGS / "augmented.yaml").augment
+    crops = training_crops(rows, 1, store.sizes, config.data.crop, 0, 1, augment)
+
+    def lap() -> None:
+        for _ in batches_on(torch.device(setting.device), crops, store, config.train.batch_size):
+            pass
+        setting.wait()
+
+    return Lap(lap, count, {"batch": config.train.batch_size})
+
+
+def steps_without_augmentation(setting: Setting, config_file: str = "") -> Lap:
+    config, steps = of_config(setting, config_file), 20 if config_file else steps_of_a_lap(setting)
+    run = trainer(setting.device, config.train.batch_size, steps, config.data.crop, config.model.widths)
 
     def lap() -> None:
         run()
         setting.wait()
 
-    return Lap(lap, steps, {"batch": batch})
+    return Lap(lap, steps, {"batch": config.train.batch_size})
 
 
 def plain_steps(setting: Setting, network: str = "", channels_last: bool = False, bf16: bool = False) -> Lap:
@@ -251,8 +271,8 @@ def races(device: str) -> dict[str, Race]:
         "snapshot": network_race(our_snapshot, plain_snapshot, "ms"),
     }
     for name, config_file in (("augmentation", ""), ("augmentation_demo", "demo.yaml")):
-        found[name] = Race(partial(augmented_steps, config_file=config_file),
-                           partial(augmented_steps, config_file=config_file, augmented=False), step)
+        found[name] = Race(partial(augmented_batches, config_file=config_file),
+                           partial(steps_without_augmentation, config_file=config_file), "ms a batch")
     for part in ("channels_last", "bf16", "both"):
         found[f"train_step_{part}"] = network_race(
             partial(plain_steps, channels_last=part != "bf16", bf16=part != "channels_last"), plain_steps, step)
