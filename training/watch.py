@@ -10,6 +10,7 @@ from common import palette
 from common.config import Config
 from common.console import UserError
 from common.devices import autocast
+from common.masks import IGNORE
 from training import figures
 from training.batches import batches_on, normalise
 from training.crops import draw_folds, validation_crops
@@ -17,7 +18,7 @@ from training.learner import Learner
 from training.training_set import TrainingSet
 
 SECONDS_BETWEEN_PICTURES = 60
-SHOWN = 6  # tiles in predictions.png
+SHOWN, LOOKED_AT = 6, 24  # tiles in predictions.png, and of how many they are chosen
 PANEL = {"kfold": "tiles that it has learned from or will", "plain": "tiles of the fold that validates"}
 LEFT_OUT = ("epoch", "survivor", "seconds", "peak_memory_mb")  # columns of metrics.csv that TensorBoard does not show
 
@@ -67,13 +68,17 @@ def predicted_tiles(learner: Learner, data: TrainingSet,
                     config: Config) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Predict a crop of some tiles, the same in every epoch; with plain training, of tiles that validate.
 
-    Return keys, images (N, H, W, 3), truth (N, H, W) and prediction (N, H, W), uint8.
+    Of the first `LOOKED_AT` tiles of the first fold, those are shown whose crop has the most classes. Return keys,
+    images (N, H, W, 3), truth (N, H, W) and prediction (N, H, W), uint8.
     """
     plan = config.train
     first = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, 0, plan.scheme == "plain")[0]
-    places = np.array(list(dict.fromkeys(first.tolist()))[:SHOWN])
+    places = np.array(list(dict.fromkeys(first.tolist()))[:LOOKED_AT])
     crops = validation_crops([data.rows[places]], 0, data.store.sizes, config.data.crop, config.seed, 0)
     batch = next(batches_on(learner.device, crops, data.store, len(crops)))
+    classes = [len(set(np.unique(labels)) - {IGNORE}) for labels in batch[..., 3].cpu().numpy()]
+    chosen = np.sort(np.argsort(classes, kind="stable")[::-1][:SHOWN])
+    places, batch = places[chosen], batch[torch.from_numpy(chosen).to(batch.device)]
     learner.model.eval()
     with torch.no_grad(), autocast(learner.device, learner.precision):
         labels = learner.model(normalise(batch[..., :3], data.statistics)).argmax(1)

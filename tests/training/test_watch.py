@@ -1,8 +1,11 @@
 """training/watch.py: the tiles that are shown, and what TensorBoard gets, also after a resumed run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from helpers import arrays, as_store
 
 import train
 from common.config_files import apply_overrides
@@ -35,6 +38,22 @@ def test_the_shown_tiles_stay_the_same_and_validate_in_plain_training(tiny, sche
         learner.model.head.bias[2] = 1e3
     again = watch.predicted_tiles(learner, data, config)
     assert again[0] == keys and (again[1] == images).all() and (again[3] == 2).all()
+
+
+def test_crops_with_many_classes_are_shown(tiny, monkeypatch):
+    monkeypatch.setattr(watch, "SHOWN", 2)
+    data = prepare_data(tiny)
+    learner = build_learner(tiny, data.statistics)
+    tiles = arrays(data.store)
+    tiles[..., 3] = 0
+    blank = replace(data, store=as_store(tiles))
+    keys, *_ = watch.predicted_tiles(learner, blank, tiny)
+    others = [key for key in (tile.key for tile in data.tiles) if key not in keys]
+    all_shown = draw_folds(data.groups, 2, 12, tiny.seed, 0)[0]
+    one = next(i for i in all_shown if data.tiles[i].key in others)
+    tiles[data.rows[one], ::2, :, 3] = 2
+    keys, _, truth, _ = watch.predicted_tiles(learner, replace(data, store=as_store(tiles)), tiny)
+    assert data.tiles[one].key in keys and len(keys) == 2 and {2} <= set(np.unique(truth))
 
 
 def test_tensorboard_gets_each_epoch_once_also_of_a_run_killed_before_it_sent_one(workplace, tiny, monkeypatch):
