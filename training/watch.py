@@ -32,7 +32,7 @@ class Watch:
         self.board = open_board(folder / "tensorboard", len(history)) if tensorboard else None
         if self.board and history:  # a run may be killed after it saved an epoch and before it sent it
             self.send(history[-1])
-        self.drawn = time.monotonic()
+        self.drawn_epoch, self.drawn = 0, time.monotonic()
 
     def send(self, row: dict) -> None:
         """Send an epoch's row of metrics.csv to TensorBoard."""
@@ -56,10 +56,11 @@ class Watch:
         if self.board:
             self.board.add_figure("predictions", predictions, epoch)
             self.board.flush()
-        self.drawn = time.monotonic()
+        self.drawn_epoch, self.drawn = epoch, time.monotonic()
 
     def end(self, history: list[dict]) -> None:
-        self.draw(history)
+        if history[-1]["epoch"] != self.drawn_epoch:
+            self.draw(history)
         if self.board:
             self.board.close()
 

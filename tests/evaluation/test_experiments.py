@@ -56,6 +56,8 @@ def test_margins_are_students_over_seeds():
     assert apart == pytest.approx(margins * 2**0.5)
     alone = seed_margins_of_difference(samples, other[:1], are_pairs=False, are_runs=True)["dice"]
     assert alone == pytest.approx(np.hypot(margins, margins * 3**0.5)), "one run varies like those of the other config"
+    alone = seed_margins_of_difference(samples[:1], other, are_pairs=False, are_runs=True)["dice"]
+    assert alone == pytest.approx(np.hypot(margins, margins * 3**0.5)), "also if it is the first one"
     labels = seed_margins_of_difference(samples, other[:1], are_pairs=False, are_runs=False)["dice"]
     assert labels == pytest.approx(margins), "label images have no seed"
     assert (seed_margins_of_difference(samples[:1], other[:1], False, True)["dice"] == 0).all()

@@ -104,6 +104,20 @@ def test_what_enters_from_outside_the_tile_has_no_class_and_shows_its_mirror_ima
     assert 0.02 < (batch[..., 3] == IGNORE).mean() < 0.4
 
 
+def test_what_a_bend_brings_in_from_beyond_the_window_is_mirrored_and_has_no_class():
+    windows = windows_of_tissue(2, 20)
+    views = draw_views(Augment(elastic=1), 2, 0, 1, 0)
+    views = replace(views, bends=np.zeros_like(views.bends))
+    views.bends[:, 0], views.bends[:, 1] = 6, -4  # all points lie 6 px to the right and 4 px above
+    seen = augmented(windows, views, 20).numpy()
+    padded = np.pad(windows.numpy(), ((0, 0), (4, 0), (0, 6), (0, 0)), mode="symmetric")[:, :20, 6:]
+    assert (abs(seen[..., :3].astype(int) - padded[..., :3]) <= 1).all()
+    assert (seen[:, 4:, :14, 3] == padded[:, 4:, :14, 3]).all()
+    outside = np.ones((20, 20), bool)
+    outside[4:, :14] = False
+    assert (seen[:, outside, 3] == IGNORE).all()
+
+
 def test_right_angles_and_flips_show_the_eight_forms_of_a_square_equally_often():
     tile = np.arange(4 * 4 * 4, dtype=np.uint8).reshape(4, 4, 4)
     folds = [np.zeros(4000, int), np.array([], int)]
@@ -147,6 +161,7 @@ def test_factors_and_shifts_of_stains_fill_their_range():
         assert values.min(0) == pytest.approx([-0.2] * 3, abs=0.01)
         assert values.mean(0) == pytest.approx([0] * 3, abs=0.01)
         assert abs(np.corrcoef(values.T) - np.eye(3)).max() < 0.1
+    assert abs(np.corrcoef(factors.T, shifts.T)[:3, 3:]).max() < 0.1
 
 
 def test_stains_lie_where_haematoxylin_and_eosin_lie():
@@ -176,6 +191,9 @@ def test_blur_is_scipys_gaussian():
                                            radius=int(np.ceil(3 * views.blur[i])))
         assert abs(crop - expected).max() <= 0.52
     assert 0 < views.blur.min() < views.blur.max() <= 2
+    least = int(views.blur.argmin())
+    alone = augmented(windows[least:least + 1], views[least:least + 1], 40).numpy()
+    assert (alone[0] == seen(windows, Augment(blur=2))[least]).all(), "the other crops of a batch change nothing"
 
 
 def test_noise_has_the_deviation_that_was_drawn_and_is_another_in_each_crop():

@@ -15,6 +15,7 @@ from common.masks import IGNORE
 from common.randomness import torch_seed
 from losses import make_loss
 from training import epochs
+from training.augmentation import draw_views
 from training.batches import copy_pixels
 from training.crops import Crops, draw_folds, training_crops, validation_crops
 from training.learner import build_learner
@@ -141,6 +142,20 @@ def test_images_of_ignored_pixels_are_in_no_mean(tiny):
 
     assert loss(blank, rows) == pytest.approx(loss(data, np.array([0, 1, 4, 5])), rel=1e-5)
     assert math.isnan(loss(blank, rows[2:4]))
+
+
+def test_training_crops_are_augmented_as_the_config_says_and_validation_crops_are_not(tiny, monkeypatch):
+    config = apply_overrides(tiny, ["augment.noise=9", "augment.rotate=20", "augment.right_angles=true"])
+    data, passes = prepare_data(config), []
+    monkeypatch.setattr(epochs, "run_pass", lambda learner, data, crops, size, training, progress:
+                        passes.append((training, crops)) or 1.0)
+    epochs.run_epoch(build_learner(config, data.statistics), data, config, epoch=5)
+    assert [training for training, _ in passes] == [True, False] * 2
+    for fold, (_, crops) in enumerate(passes[::2]):
+        expected = draw_views(config.augment, len(crops), config.seed, 5, fold)
+        assert all(np.array_equal(getattr(crops.views, name), getattr(expected, name)) for name in vars(expected))
+        assert crops.margin > 0 and crops.transpose.any()
+    assert all(crops.views is None and crops.margin == 0 and not crops.transpose.any() for _, crops in passes[1::2])
 
 
 # ---------------------------------------------------------------------------------------------- plain training
