@@ -181,12 +181,17 @@ def _natural(key: str) -> tuple[list[tuple[int, int, str]], str]:
 
 # ---------------------------------------------------------------------------------------------- groups and split
 
+def found_in(key: str, pattern: str) -> str:
+    """Return the first group of a regular expression in the key, or without groups all that it finds; "" if nothing."""
+    match = re.search(pattern, key)
+    return (match and match[1 if match.re.groups else 0]) or ""
+
+
 def group_of(key: str, pattern: str) -> str:
     """Return what `pattern` finds in the key: its first group in parentheses, else the whole match."""
     if not pattern:
         return ""
-    match = re.search(pattern, key)
-    group = match and match[1 if match.re.groups else 0]
+    group = found_in(key, pattern)
     if not group:
         raise UserError(f"data.group '{pattern}' finds nothing in the key '{key}'; every key must hold its group")
     return group

@@ -25,6 +25,7 @@ from common.console import UserError, argument_parser, run, warn
 from common.files import file_name
 from common.memory import enough_memory, reuse_memory
 from common.result_folders import check_replaceable, names_in, replacing_folder
+from dataset import found_in
 from evaluation import arguments, page, report, unlabelled
 from evaluation.arguments import mark
 from evaluation.candidates import (
@@ -182,7 +183,7 @@ def main() -> None:
             print(unlabelled.summary(rows, candidates[0].config.data.classes))
         else:
             test_set = open_test_set(candidates, args.split)
-            if args.by and not any(re.search(args.by, tile.key) for tile in test_set.tiles):
+            if args.by and not any(found_in(tile.key, args.by) for tile in test_set.tiles):
                 raise UserError(f"--by '{args.by}' is found in no key of the {args.split} tiles, such as "
                                 f"{test_set.tiles[0].key}")
             for reason in explain_separate_seeds(candidates):

@@ -1,7 +1,6 @@
 """Compute the numbers of an evaluation: the contents of scores.json, and the columns of tiles.csv."""
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ import numpy as np
 
 from common import bootstrap
 from common.masks import read_mask
-from dataset import Tile
+from dataset import Tile, found_in
 from evaluation import metrics
 from evaluation.candidates import Candidate
 from evaluation.experiments import (
@@ -211,11 +210,12 @@ def merged_results(evaluation: Evaluation, weights: np.ndarray) -> list[dict]:
     truth or prediction, as papers on binary segmentation report them.
     """
     found, tiles = [], evaluation.test_set.tiles
+    parts = [found_in(tile.key, evaluation.part_of) for tile in tiles]
     for merge in evaluation.merges:
         chosen = [evaluation.classes.index(name) for name in merge.classes]
         counts = [metrics.merged(tally.confusion, chosen) for tally in evaluation.tallies]  # (N, 2, 2) each
-        for part in ["", *sorted(set(parts_of(evaluation)) - {""})]:
-            inside = np.array([part in ("", own) for own in parts_of(evaluation)])
+        for part in ["", *sorted(set(parts) - {""})]:
+            inside = np.array([part in ("", own) for own in parts])
             samples = [metrics.binary_scores(of_candidate, weights * inside) for of_candidate in counts]
             groups = count_groups(tile for tile, is_inside in zip(tiles, inside, strict=True) if is_inside)
             rows = []
@@ -227,16 +227,6 @@ def merged_results(evaluation: Evaluation, weights: np.ndarray) -> list[dict]:
             found.append({"merge": merge.name, "classes": list(merge.classes), "part": part,
                           "tiles": int(inside.sum()), "groups": groups, "rows": rows})
     return found
-
-
-def parts_of(evaluation: Evaluation) -> list[str]:
-    """Return the part of each tile of the test set; "" for a key in which `part_of` finds none.
-
-    It is the first group of the regular expression, or all that it finds, as for data.group.
-    """
-    pattern = re.compile(evaluation.part_of)
-    found = [pattern.search(tile.key) for tile in evaluation.test_set.tiles]
-    return [(match[1] if pattern.groups else match[0]) or "" if match else "" for match in found]
 
 
 def evenly_spaced(values: Sequence, count: int) -> list:
