@@ -264,9 +264,14 @@ class Train:
               f"multiple of train.folds ({self.folds}), so that all folds have one size")
 
     @property
+    def is_plain(self) -> bool:
+        """Whether one model is trained, which the first of fixed folds validates."""
+        return self.scheme == "plain"
+
+    @property
     def models(self) -> int:
         """The number of models that are trained in an epoch."""
-        return self.folds if self.scheme == "kfold" else 1
+        return 1 if self.is_plain else self.folds
 
     @property
     def images(self) -> int:

@@ -46,20 +46,20 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
     Plain training has one model, which the first fold validates: the same images in every epoch.
     """
     plan = config.train
-    is_plain = plan.scheme == "plain"
-    places = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch, fixed=is_plain)
+    places = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch, fixed=plan.is_plain)
     folds = [data.rows[fold] for fold in places]  # rows of the store
     keys = data.store.sizes, config.data.crop, config.seed
     survivor, survivor_state, lowest, val_losses = None, None, math.inf, []
     start = learner.take_snapshot()
     with Progress("", plan.images, "image") as progress:
         for fold in range(plan.models):
-            progress.title = f"epoch {epoch}/{plan.epochs}" + ("" if is_plain else f" fold {fold + 1}/{plan.models}")
+            of_folds = "" if plan.is_plain else f" fold {fold + 1}/{plan.models}"
+            progress.title = f"epoch {epoch}/{plan.epochs}{of_folds}"
             learner.restore_snapshot(start)
             torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
             crops = training_crops(folds, fold, *keys, epoch, config.augment)
             train_loss = run_pass(learner, data, crops, plan.batch_size, True, progress)
-            crops = validation_crops(folds, fold, *keys, 0 if is_plain else epoch)
+            crops = validation_crops(folds, fold, *keys, 0 if plan.is_plain else epoch)
             val_loss = run_pass(learner, data, crops, plan.batch_size, False, progress)
             val_losses.append(val_loss)
             if val_loss < lowest and not math.isnan(train_loss):  # false for NaN, which argmin would choose

@@ -67,7 +67,7 @@ def kept_in(tiles: Sequence[dataset.Tile], config: Config) -> list[int]:
 def draw_first_folds(tiles: Sequence[dataset.Tile], rows: np.ndarray, config: Config) -> list[np.ndarray]:
     """Draw the folds of the first epoch."""
     groups, plan = [tiles[i].group for i in rows], config.train
-    return draw_folds(groups, plan.folds, plan.images_per_epoch, config.seed, 1, plan.scheme == "plain")
+    return draw_folds(groups, plan.folds, plan.images_per_epoch, config.seed, 1, plan.is_plain)
 
 
 def warn_about_groups(config: Config, tiles: list[dataset.Tile]) -> None:

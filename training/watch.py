@@ -73,7 +73,7 @@ def predicted_tiles(learner: Learner, data: TrainingSet,
     images (N, H, W, 3), truth (N, H, W) and prediction (N, H, W), uint8.
     """
     plan = config.train
-    first = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, 0, plan.scheme == "plain")[0]
+    first = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, 0, plan.is_plain)[0]
     places = np.array(list(dict.fromkeys(first.tolist()))[:LOOKED_AT])
     crops = validation_crops([data.rows[places]], 0, data.store.sizes, config.data.crop, config.seed, 0)
     batch = next(batches_on(learner.device, crops, data.store, len(crops)))
