@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from common.console import UserError, warn
+from common.workers import processor
 
 SAFE_ON_MPS = (2, 14)  # the first torch whose batch norm on MPS has correct gradients in every memory layout
 GPU_COMPILER_OPTIONS = {
@@ -39,6 +40,11 @@ def choose_device(name: str) -> torch.device:
         warn(f"device=auto uses the CPU instead of {best}: {reason}")
         best = "cpu"
     return torch.device(best)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the type of a device and the name of its hardware."""
+    return f"{device.type} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else processor()})"
 
 
 def _why_unusable(name: str) -> str:

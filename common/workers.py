@@ -1,6 +1,8 @@
-"""Run one function on many items in several processes."""
+"""What processor there is, and how to run one function on many items in several processes."""
 
 import os
+import platform
+import re
 import signal
 import sys
 import threading
@@ -29,6 +31,13 @@ def cores() -> int:
     """Return the number of processor cores that this process, or its container, may use."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, _container_cores(CGROUP) or available)
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return name.group(1) if name else platform.processor() or platform.machine()
 
 
 def workers_for(items: int) -> int:

@@ -29,6 +29,7 @@ import torch
 from common.config import Config
 from common.config_files import to_yaml
 from common.console import UserError
+from common.devices import device_name
 from common.files import LOCK, locked, remove_leftovers, write_csv, write_text, writing
 from dataset import TILE_LIST, Tile
 
@@ -104,14 +105,13 @@ def record_start(folder: Path, config: Config, device: torch.device, precision: 
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); fix or remove it") from None
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     start = {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": hardware,
+        "device": device_name(device),
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in PACKAGES},

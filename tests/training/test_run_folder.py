@@ -13,6 +13,7 @@ import train
 from common.config import Config
 from common.config_files import apply_overrides, load_config
 from common.console import UserError
+from common.workers import processor
 from dataset import Tile
 from training import epochs, run_folder
 
@@ -99,6 +100,7 @@ def test_a_run_is_never_overwritten_and_records_how_it_was_made(tmp_path):
     first, second = json.loads((folder / "environment.json").read_text())
     assert first["precision"] == "bfloat16" and load_config(folder / "config.yaml") == config
     assert torch.__version__.startswith(second["packages"]["torch"].partition("+")[0])
+    assert second["device"] == f"cpu ({processor()})"
     assert second["precision"] == "float32" and len(second["tiles_sha256"]) == 64
     with pytest.raises(UserError, match="--resume"):
         run_folder.reject_existing(folder)

@@ -45,14 +45,13 @@ The results are written after each benchmark, so that an interrupted run keeps t
 
 import json
 import platform
-import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.console import Progress, UserError, argument_parser, percent, run, table
 from common.files import write_text
-from common.workers import cores
+from common.workers import cores, processor
 from tools.benchmark.race import Race, Setting, Sides, compete, in_new_process
 
 PACKAGES = ("torch", "numpy", "scipy", "pillow", "monai", "segmentation-models-pytorch")
@@ -97,13 +96,6 @@ def with_roofline(row: dict, peaks: dict[str, float]) -> dict:
             row[f"gflop_{side}"] = roofline.flop(work) / 1e9 / items
             row[f"roofline_{side}"] = scale * roofline.bound(work, peaks) / items / row[side]
     return row
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return name.group(1) if name else platform.processor() or platform.machine()
 
 
 def machine(setting: Setting) -> str:
