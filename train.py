@@ -61,9 +61,15 @@ def train_seeds(configs: Sequence[Config], tensorboard: bool = False) -> None:
                 start(config, tensorboard)
             else:
                 reject_another(config, folder)
-                resume(folder, [f"{name}={dict(leaves(config))[name]}" for name in RESUME_MAY_CHANGE], tensorboard)
+                resume(folder, settings_of_resumption(config), tensorboard)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("give the same command again, and it goes on from here") from None
+
+
+def settings_of_resumption(config: Config) -> list[str]:
+    """Return the overrides with which a run goes on as this config says."""
+    settings = dict(leaves(config))
+    return [f"{name}={settings[name]}" for name in RESUME_MAY_CHANGE]
 
 
 def reject_another(config: Config, folder: Path) -> None:

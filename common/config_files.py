@@ -27,7 +27,7 @@ RENAMED = {"data.greys": "data.mask_values"}  # settings of earlier versions and
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file and apply `section.key=value` overrides."""
     path = Path(path)
-    values = _read_yaml(path)
+    values = read_yaml(path)
     values.setdefault("name", path.stem)
     return apply_overrides(from_dict(values, str(path)), overrides)
 
@@ -107,7 +107,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
         raise UserError(f"{path}: no such config file (in its folder: {known})")

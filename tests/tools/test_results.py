@@ -1,0 +1,269 @@
+"""tools/results: a plan is trained once, goes on, is scored as evaluate.py does, and its page follows from numbers."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import REPOSITORY, TINY, read_scores, script, write_pairs
+
+from common.config_files import load_config
+from common.console import UserError
+from tools.results import numbers, page
+from tools.results.plan import load_plan
+from tools.results.runs import duration, seconds_left
+
+PLAN = """\
+title: Tiny
+config: base.yaml
+settings: {settings}
+seeds: [0, 1]
+rows:
+  dice_ce: ''
+  ce: loss.name=ce
+comparisons:
+  loss: {{question: "Which loss?", rows: [dice_ce, ce]}}
+  alone: {{question: And by itself, rows: [ce]}}
+"""
+
+
+def write_plan(folder, text=PLAN, settings=TINY):
+    (folder / "base.yaml").write_text("data: {root: tiles}\n")
+    quoted = " ".join(f"'{word}'" for word in settings)
+    (folder / "tiny.yaml").write_text(text.format(settings=json.dumps(quoted)))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture
+def call(here):
+    """Run the tool on the plan in a folder; only what it trains and scores runs in processes of their own."""
+    return lambda folder, *arguments: here("tools.results.__main__", "tiny.yaml", *arguments, cwd=folder)
+
+
+@pytest.fixture(scope="session")
+def done_once(built_once):
+    """A folder in which the plan was run; output.txt is what the tool printed."""
+    def fill(folder):
+        write_pairs(folder / "tiles", 18, slides=6)
+        write_plan(folder)
+        out = script("tools.results", "tiny.yaml", "--out", "out", "--jobs", "2", cwd=folder)
+        assert out.returncode == 0, out.stderr
+        (folder / "output.txt").write_text(out.stdout)
+    return built_once("results", fill)
+
+
+@pytest.fixture
+def done(done_once, tmp_path):
+    shutil.copytree(done_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def checkpoints_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/checkpoints/last.pt")}
+
+
+def test_every_row_is_trained_with_every_seed_and_scored_as_evaluate_does(done_once):
+    folder, output = done_once, (done_once / "output.txt").read_text()
+    assert "runs to train: 4, 2 at once; time: unknown" in output and "filter the tiles of tiny-" in output
+    runs = {f"tiny-{row}-seed{seed}" for row in ("dice_ce", "ce") for seed in (0, 1)}
+    assert {path.name for path in folder.glob("runs/*-seed?")} == runs and not [*folder.glob("runs/*.log")]
+    for name in runs:
+        config = load_config(folder / f"runs/{name}/config.yaml")
+        assert config.name == name and config.loss.name == ("ce" if "-ce-" in name else "dice_ce")
+        assert config.train.epochs == 3 and config.seed == int(name[-1])
+        kept = (folder / f"out/metrics/{name}.csv").read_text()
+        assert kept == (folder / f"runs/{name}/metrics.csv").read_text()
+    evaluated = script("evaluate.py", *(f"runs/tiny-{row}-seed{seed}" for row in ("dice_ce", "ce") for seed in (0, 1)),
+                       "--out", "by_hand", cwd=folder)
+    assert evaluated.returncode == 0, evaluated.stderr
+    by_hand, found = read_scores(folder / "by_hand"), json.loads((folder / "out/loss.json").read_text())
+    assert found["seeds"] == [0, 1] and [row["row"] for row in found["rows"]] == ["dice_ce", "ce"]
+    for row, experiment in zip(found["rows"], by_hand["experiments"], strict=True):
+        assert row["scores"] == experiment["scores"]
+        assert row["difference_to_first"] == experiment["difference_to_first"]
+    of_runs = [run["scores"]["dice"]["mean"] for row in found["rows"] for run in row["runs"]]
+    assert of_runs == [entry["scores"]["dice"]["mean"]["value"] for entry in by_hand["entries"]]
+    assert found["rows"][1]["settings"]["loss.name"] == "ce" and "loss.name" not in found["rows"][0]["settings"]
+    assert str(folder) not in (folder / "out/loss.json").read_text(), "numbers that are kept name no place"
+
+
+def test_the_page_shows_what_the_numbers_say(done_once):
+    folder = done_once
+    text, found = (folder / "out/results.md").read_text(), json.loads((folder / "out/loss.json").read_text())
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ce")]
+    row = found["rows"][1]
+    dice, difference = row["scores"]["dice"]["mean"], row["difference_to_first"]["dice"]["mean"]
+    values = [run["scores"]["dice"]["mean"] for run in row["runs"]]
+    assert dice["value"] == pytest.approx(sum(values) / 2, abs=1e-6)
+    assert lines[0][1] == f"{dice['value']:.3f}" and lines[0][3] == f"{difference['value']:+.3f}"
+    assert lines[0][5] == f"{values[0]:.3f}, {values[1]:.3f}"
+    assert "Which loss?" in text and "- ce: `loss.name=ce`" in text and "(loss.png)" in text
+    assert (folder / "out/loss.png").stat().st_size > 2000
+
+
+def test_what_is_complete_is_not_trained_again_and_an_interrupted_run_goes_on(done, call):
+    before = checkpoints_of(done)
+    assert len(before) == 4
+    shutil.rmtree(done / "out")
+    shutil.rmtree(done / "runs/tiny-dice_ce-seed1")
+    (done / "tiny.yaml").write_text((done / "tiny.yaml").read_text().replace("name=ce", "name=ce train.epochs=4"))
+    shown = call(done, "--plan", "--out", "out")
+    assert re.search(r"\nce +epoch 3 of 4 +epoch 3 of 4\n", shown.stdout), shown.stdout
+    assert re.search(r"dice_ce +complete +-\n", shown.stdout) and "runs to train: 3" in shown.stdout
+    assert re.search("time: about [0-9]+ s", shown.stdout), "since epochs were measured"
+    again = call(done, "--out", "out", "--jobs", "2")
+    assert again.returncode == 0, again.stderr
+    after = checkpoints_of(done)
+    changed = {path.parent.parent.name for path in after if after[path] != before.get(path)}
+    assert changed == {"tiny-ce-seed0", "tiny-ce-seed1", "tiny-dice_ce-seed1"}
+    assert len((done / "runs/tiny-ce-seed0/metrics.csv").read_text().splitlines()) == 5
+    assert "epochs: 4" in (done / "runs/tiny-ce-seed0/config.yaml").read_text()
+
+
+def test_numbers_that_are_kept_stand_for_runs_of_another_machine(done, call):
+    page_before = (done / "out/results.md").read_text()
+    shutil.rmtree(done / "runs")
+    shutil.rmtree(done / "tiles")
+    shown = call(done, "--plan", "--out", "out")
+    assert re.search("ce +numbers kept +numbers kept\n", shown.stdout) and "all trained" in shown.stdout
+    (done / "out/results.md").unlink()
+    assert call(done, "--out", "out").returncode == 0
+    assert (done / "out/results.md").read_text() == page_before and not (done / "runs").exists()
+    (done / "tiny.yaml").write_text((done / "tiny.yaml").read_text().replace("loss.name=ce", "loss.name=dice"))
+    shown = call(done, "--plan", "--out", "out")
+    assert re.search("\nce +- +-\n", shown.stdout) and "runs to train: 4" in shown.stdout
+    failed = call(done, "--out", "out")
+    assert failed.returncode == 2 and "tiles: no such folder of tiles" in failed.stderr
+
+
+def test_one_seed_is_enough_for_numbers_that_say_so(done, call):
+    shutil.rmtree(done / "out")
+    shutil.rmtree(done / "runs/tiny-dice_ce-seed1")
+    assert call(done, "--out", "out", "--score").returncode == 0
+    found, text = json.loads((done / "out/loss.json").read_text()), (done / "out/results.md").read_text()
+    assert found["seeds"] == [0] and json.loads((done / "out/alone.json").read_text())["seeds"] == [0, 1]
+    assert "One seed, 0: another one may differ" in text and text.count("of each seed |") == 1
+    shutil.rmtree(done / "runs/tiny-ce-seed0")
+    (done / "out/loss.json").unlink()
+    assert call(done, "--out", "out", "--score").returncode == 0
+    assert "Which loss?\n\nNot run yet." in (done / "out/results.md").read_text()
+
+
+def test_numbers_of_more_seeds_are_not_replaced_by_numbers_of_fewer(done, call):
+    before = (done / "out/loss.json").read_text()
+    shutil.rmtree(done / "runs/tiny-ce-seed1")
+    assert call(done, "--out", "out", "--score").returncode == 0
+    assert (done / "out/loss.json").read_text() == before
+
+
+def test_an_error_of_a_run_ends_all_and_says_where_to_look(done, call):
+    (done / "tiny.yaml").write_text((done / "tiny.yaml").read_text().replace("loss.name=ce", "device=cuda:7"))
+    shutil.rmtree(done / "runs")
+    failed = call(done, "--out", "new", "--jobs", "1", "--only", "alone")
+    assert failed.returncode == 2 and failed.stderr.count("error:") == 1
+    assert "tiny-ce-seed0: device 'cuda:7' cannot be used here" in failed.stderr
+    assert "runs/tiny-ce-seed0.log has more" in failed.stderr and (done / "runs/tiny-ce-seed0.log").exists()
+    assert not (done / "runs/tiny-ce-seed1.log").exists(), "no run begins after the error"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
+def test_an_interrupt_ends_the_runs_too(done):
+    write_plan(done, settings=[*TINY, "train.epochs=100000", "name=long"])
+    shutil.rmtree(done / "runs")
+    process = subprocess.Popen([sys.executable, "-m", "tools.results", "tiny.yaml", "--out", "new"], cwd=done,
+                               env={"PYTHONPATH": str(REPOSITORY), "PATH": ""}, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        run = done / "runs/tiny-dice_ce-seed0"
+        while process.poll() is None and not (run / "checkpoints/last.pt").exists():
+            pass
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "give the same command again" in errors
+    resumed = script("train.py", "--resume", run, "train.epochs=1", cwd=done)
+    assert "is being" not in resumed.stderr, "no process holds the run"
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("title: Tiny", "titel: Tiny", "unknown key 'titel'"),
+    ("config: base.yaml\n", "", "config is missing"),
+    ("config: base.yaml", "config: none.yaml", "none.yaml: no such config file"),
+    ("seeds: [0, 1]", "seeds: [0, 0]", "seeds must be different whole numbers"),
+    ("seeds: [0, 1]", "seeds: 3", "seeds must be a list"),
+    ("ce: loss.name=ce", "ce: loss.nam=ce", "did you mean 'loss.name'"),
+    ("ce: loss.name=ce", "ce: loss.name=dice_ce", "dice_ce and ce have the same settings"),
+    ("ce: loss.name=ce", "c/e: loss.name=ce", "'c/e' must be letters"),
+    ("[dice_ce, ce]", "[dice_ce, wce]", "loss: there is no row 'wce'; rows are dice_ce, ce"),
+    ('question: "Which loss?", ', "", "loss must have a question and rows"),
+])
+def test_a_plan_that_does_not_fit_is_rejected(tmp_path, monkeypatch, old, new, message):
+    monkeypatch.chdir(tmp_path)
+    assert PLAN.count(old) == 1
+    write_plan(tmp_path, PLAN.replace(old, new))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load_plan("tiny.yaml")
+    assert "tiny.yaml" in str(error.value) or "none.yaml" in message
+
+
+def test_unknown_comparisons_are_rejected(tmp_path, call):
+    write_plan(tmp_path)
+    out = call(tmp_path, "--only", "losses")
+    assert out.returncode == 2 and "has the comparisons loss, alone" in out.stderr
+
+
+def test_the_time_left_is_that_of_the_same_row(done, monkeypatch):
+    monkeypatch.chdir(done)
+    plan = load_plan("tiny.yaml")
+    for name, seconds in (("dice_ce-seed0", 10), ("ce-seed0", 2), ("dice_ce-seed1", 30)):
+        path = done / f"runs/tiny-{name}/metrics.csv"
+        header, *lines = path.read_text().splitlines()
+        place = header.split(",").index("seconds")
+        rows = [[*line.split(",")[:place], str(seconds), *line.split(",")[place + 1:]] for line in lines]
+        path.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
+    shutil.rmtree(done / "runs/tiny-ce-seed1")
+    known = [run for runs in plan.runs.values() for run in runs]
+    assert seconds_left([plan.runs["ce"][1]], known) == 3 * 2
+    assert seconds_left([plan.runs["ce"][1]], plan.runs["dice_ce"]) == 3 * 20, "by all that are known"
+    assert seconds_left([plan.runs["ce"][1]], []) is None
+    assert [duration(seconds) for seconds in (40, 700, 12000)] == ["40 s", "12 min", "3 h 20 min"]
+
+
+def test_the_plan_of_the_documentation_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    (block,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs/training.md").read_text(), re.DOTALL)
+    (tmp_path / "my_plan.yaml").write_text(block)
+    plan = load_plan(str(tmp_path / "my_plan.yaml"))
+    assert plan.comparisons[0].rows == ("flips", "stain") and plan.runs["stain"][2].name == "my_plan-stain-seed2"
+
+
+# ---------------------------------------------------------------------------------------------- what is committed
+
+KEPT = sorted((REPOSITORY / "docs/results").glob("*/results.md"))
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs/results").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_repository_can_be_read(file, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    plan = load_plan(file.stem)
+    assert plan.runs and {row for comparison in plan.comparisons for row in comparison.rows} == {*plan.rows}
+    assert (REPOSITORY / "docs/results" / plan.name / "results.md") in KEPT
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda path: path.parent.name)
+def test_pages_of_the_repository_follow_from_the_numbers_beside_them(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    plan = load_plan(file.parent.name)
+    found = {comparison.name: kept for comparison in plan.comparisons
+             if (kept := numbers.read_numbers(file.parent, plan, comparison))}
+    assert {*found} == {path.stem for path in file.parent.glob("*.json")}, "numbers are of the plan's settings"
+    page.write(tmp_path, plan, found)
+    assert (tmp_path / "results.md").read_text() == file.read_text()
+    for of_one in found.values():
+        for row in of_one["rows"]:
+            for run in row["runs"]:
+                assert (file.parent / f"metrics/{run['name']}.csv").is_file()

@@ -1,0 +1,114 @@
+"""The numbers of a comparison, in files that are small enough to be kept: OUT/COMPARISON.json and OUT/metrics/."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from common.console import UserError
+from common.files import write_text
+from tools.results.plan import Comparison, Plan, Run
+from tools.results.runs import CODE, is_complete
+from training.run_folder import read_metrics
+
+ENVIRONMENT = ("started", "commit", "device", "precision", "threads")  # that is kept of a run
+TEST_SET = ("tiles_identity", "tiles", "groups", "classes", "intervals", "best_constant")
+
+
+def path_of(out: Path, comparison: Comparison) -> Path:
+    return out / f"{comparison.name}.json"
+
+
+def read_numbers(out: Path, plan: Plan, comparison: Comparison) -> dict | None:
+    """Return the numbers of a comparison; None if there are none, or if they are of other settings."""
+    path = path_of(out, comparison)
+    if not path.is_file():
+        return None
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+        settings = {row["row"]: row["settings"] for row in numbers["rows"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not the numbers of a comparison ({error!r}); restore the file or remove "
+                        "it") from None
+    wanted = json.loads(json.dumps({row: plan.settings_of(row) for row in comparison.rows}))
+    return numbers if settings == wanted else None
+
+
+def has_all(numbers: dict | None, plan: Plan) -> bool:
+    """Return whether a comparison's numbers are of all seeds of the plan."""
+    return numbers is not None and {*plan.seeds} <= {*numbers["seeds"]}
+
+
+def complete_runs(plan: Plan, comparison: Comparison) -> dict[str, list[Run]]:
+    """Return the runs of each row for the seeds that every row of the comparison has completed."""
+    runs = {row: plan.runs[row] for row in comparison.rows}
+    complete = [i for i in range(len(plan.seeds)) if all(is_complete(of_row[i]) for of_row in runs.values())]
+    return {row: [of_row[i] for i in complete] for row, of_row in runs.items()}
+
+
+def measure(plan: Plan, comparison: Comparison, out: Path) -> None:
+    """Score the complete runs of a comparison and write its numbers, unless a row has no complete run.
+
+    Numbers of the same runs stay as they are, and so do numbers of more seeds, whose runs may lie on another machine.
+    """
+    runs, earlier = complete_runs(plan, comparison), read_numbers(out, plan, comparison)
+    seeds = [run.config.seed for run in runs[comparison.rows[0]]]
+    facts = [[_facts(run) for run in of_row] for of_row in runs.values()]
+    if earlier and (len(earlier["seeds"]) > len(seeds) or [_without_scores(row) for row in earlier["rows"]] == facts):
+        return
+    if not seeds:
+        return
+    folder = Path("runs") / f"{plan.name}-{comparison.name}"
+    print(f"score {comparison.name}: {folder / 'report.html'}", flush=True)
+    scores = _evaluate(plan, [run for of_row in runs.values() for run in of_row], folder)
+    if len(scores["experiments"] or scores["entries"]) != len(runs):
+        raise UserError(f"{plan.path}: {comparison.name}: two rows have the same tiles and settings, so that they are "
+                        "not two rows; remove one")
+    rows = []
+    for number, (row, of_row) in enumerate(runs.items()):
+        entries = {entry["name"]: entry for entry in scores["entries"]}
+        found = scores["experiments"][number] if scores["experiments"] else entries[of_row[0].name]
+        rows.append({
+            "row": row, "settings": plan.settings_of(row), "scores": found["scores"],
+            "difference_to_first": found["difference_to_first"],
+            "merged": {part["merge"]: part["rows"][number] for part in scores["merged"] if not part["part"]},
+            "runs": [fact | _values(entries[run.name]) for run, fact in zip(of_row, facts[number], strict=True)]})
+    numbers = {"question": comparison.question, "seeds": seeds, **{name: scores[name] for name in TEST_SET},
+               "rows": rows}
+    (out / "metrics").mkdir(parents=True, exist_ok=True)
+    for of_row in runs.values():
+        for run in of_row:
+            write_text(out / "metrics" / f"{run.name}.csv", (run.folder / "metrics.csv").read_text(encoding="utf-8"))
+    write_text(path_of(out, comparison), json.dumps(numbers, indent=1) + "\n")
+
+
+def _evaluate(plan: Plan, runs: Sequence[Run], folder: Path) -> dict:
+    """Return scores.json of all runs; the page and the pictures of the evaluation lie in `folder`."""
+    words = [str(CODE / "evaluate.py"), *(str(run.folder) for run in runs), "--out", str(folder)]
+    for merge in plan.merge:
+        words += ["--merge", merge]
+    if subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"the runs of {folder.name} were not scored, see above")
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+
+
+def _facts(run: Run) -> dict:
+    """Return how a run was made. Its last start counts, if it was resumed."""
+    starts = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    history = read_metrics(run.folder)
+    return {"name": run.name, "seed": run.config.seed, **{name: starts[-1][name] for name in ENVIRONMENT},
+            "torch": starts[-1]["packages"]["torch"], "starts": len(starts), "epochs": len(history),
+            "seconds_per_epoch": round(median(row["seconds"] for row in history), 1)}
+
+
+def _values(entry: dict) -> dict:
+    """Return the scores of a run without their intervals."""
+    return {"best_epoch": entry["best_epoch"], "scores": {
+        name: score["value"] if "value" in score else {column: number["value"] for column, number in score.items()}
+        for name, score in entry["scores"].items()}}
+
+
+def _without_scores(row: dict) -> list[dict]:
+    return [{name: value for name, value in run.items() if name not in ("best_epoch", "scores")} for run in row["runs"]]
