@@ -100,7 +100,8 @@ def test_the_page_shows_what_the_numbers_say(done_once):
     assert dice["value"] == pytest.approx(sum(values) / 2, abs=1e-6)
     assert lines[0][1] == f"{dice['value']:.3f}" and lines[0][3] == f"{difference['value']:+.3f}"
     assert lines[0][5] == f"{values[0]:.3f}, {values[1]:.3f}"
-    assert "Which loss?" in text and "- ce: `loss.name=ce`" in text and "(loss.png)" in text
+    assert "`python -m tools.results tiny.yaml`" in text and "Which loss?" in text
+    assert "- ce: `loss.name=ce`" in text and "(loss.png)" in text
     assert (folder / "out/loss.png").stat().st_size > 2000
 
 
@@ -150,6 +151,17 @@ def test_one_seed_is_enough_for_numbers_that_say_so(done, call):
     (done / "out/loss.json").unlink()
     assert call(done, "--out", "out", "--score").returncode == 0
     assert "Which loss?\n\nNot run yet." in (done / "out/results.md").read_text()
+
+
+def test_other_rows_first_or_other_merges_need_other_numbers(done, call):
+    plan = (done / "tiny.yaml").read_text()
+    (done / "tiny.yaml").write_text(plan.replace("[dice_ce, ce]", "[ce, dice_ce]") + "merge: ['any=tissue,tumour']\n")
+    assert call(done, "--out", "out", "--score").returncode == 0
+    found = json.loads((done / "out/loss.json").read_text())
+    assert [row["row"] for row in found["rows"]] == ["ce", "dice_ce"] and not found["rows"][0]["difference_to_first"]
+    merged = found["rows"][1]["merged"]["any"]
+    assert merged["name"] == "tiny-dice_ce" and 0 < merged["dice"]["value"] < 1
+    assert f"| {merged['dice']['value']:.3f} | 3 |" in (done / "out/results.md").read_text()
 
 
 def test_numbers_of_more_seeds_are_not_replaced_by_numbers_of_fewer(done, call):

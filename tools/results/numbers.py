@@ -28,11 +28,11 @@ def read_numbers(out: Path, plan: Plan, comparison: Comparison) -> dict | None:
         return None
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
-        settings = {row["row"]: row["settings"] for row in numbers["rows"]}
+        settings = [[row["row"], row["settings"]] for row in numbers["rows"]]
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not the numbers of a comparison ({error!r}); restore the file or remove "
                         "it") from None
-    wanted = json.loads(json.dumps({row: plan.settings_of(row) for row in comparison.rows}))
+    wanted = [[row, plan.settings_of(row)] for row in comparison.rows]
     return numbers if settings == wanted else None
 
 
@@ -56,9 +56,9 @@ def measure(plan: Plan, comparison: Comparison, out: Path) -> None:
     runs, earlier = complete_runs(plan, comparison), read_numbers(out, plan, comparison)
     seeds = [run.config.seed for run in runs[comparison.rows[0]]]
     facts = [[_facts(run) for run in of_row] for of_row in runs.values()]
-    if earlier and (len(earlier["seeds"]) > len(seeds) or [_without_scores(row) for row in earlier["rows"]] == facts):
+    if not seeds or (earlier and len(earlier["seeds"]) > len(seeds)):
         return
-    if not seeds:
+    if earlier and earlier["merge"] == [*plan.merge] and [_without_scores(row) for row in earlier["rows"]] == facts:
         return
     folder = Path("runs") / f"{plan.name}-{comparison.name}"
     print(f"score {comparison.name}: {folder / 'report.html'}", flush=True)
@@ -75,8 +75,7 @@ def measure(plan: Plan, comparison: Comparison, out: Path) -> None:
             "difference_to_first": found["difference_to_first"],
             "merged": {part["merge"]: part["rows"][number] for part in scores["merged"] if not part["part"]},
             "runs": [fact | _values(entries[run.name]) for run, fact in zip(of_row, facts[number], strict=True)]})
-    numbers = {"question": comparison.question, "seeds": seeds, **{name: scores[name] for name in TEST_SET},
-               "rows": rows}
+    numbers = {"seeds": seeds, **{name: scores[name] for name in TEST_SET}, "merge": [*plan.merge], "rows": rows}
     (out / "metrics").mkdir(parents=True, exist_ok=True)
     for of_row in runs.values():
         for run in of_row:

@@ -32,7 +32,7 @@ def write(out: Path, plan: Plan, found: dict[str, dict]) -> None:
 
 def introduction(plan: Plan) -> str:
     config = f"`{plan.config}`" + (f" with `{plan.settings}`" if plan.settings else "")
-    return (f"Made by `{command('python', '-m', 'tools.results', plan.name)}` from its runs. All rows begin with "
+    return (f"Made by `{command('python', '-m', 'tools.results', plan.word)}` from its runs. All rows begin with "
             f"{config}. Dice is the hard Dice of all test pixels, as a mean over classes and seeds. Its 95 % interval "
             "holds the chance of slides or patients and, with several seeds, that of seeds. Differences are to the "
             "first row.")

@@ -58,6 +58,11 @@ class Plan:
     merge: tuple[str, ...] = ()  # --merge of evaluate.py
     data: str = ""  # the command that makes the tiles
 
+    @property
+    def word(self) -> str:
+        """What `load_plan` takes to find it."""
+        return self.name if self.path == PLANS / self.path.name else str(self.path)
+
     def run(self, row: str, seed: int) -> Run:
         own = f"{self.settings} {self.rows[row]} seed={seed} name={self.name}-{row}-seed{seed}"
         arguments = ("--config", self.config, *shlex.split(own))
