@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import REPOSITORY, TINY, read_scores, script, write_pairs
@@ -191,7 +192,7 @@ def test_an_interrupt_ends_the_runs_too(done):
     try:
         run = done / "runs/tiny-dice_ce-seed0"
         while process.poll() is None and not (run / "checkpoints/last.pt").exists():
-            pass
+            time.sleep(0.1)  # the runs need the processor
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
     finally:

@@ -66,9 +66,8 @@ def measure(plan: Plan, comparison: Comparison, out: Path) -> None:
     if len(scores["experiments"] or scores["entries"]) != len(runs):
         raise UserError(f"{plan.path}: {comparison.name}: two rows have the same tiles and settings, so that they are "
                         "not two rows; remove one")
-    rows = []
+    rows, entries = [], {entry["name"]: entry for entry in scores["entries"]}
     for number, (row, of_row) in enumerate(runs.items()):
-        entries = {entry["name"]: entry for entry in scores["entries"]}
         found = scores["experiments"][number] if scores["experiments"] else entries[of_row[0].name]
         rows.append({
             "row": row, "settings": plan.settings_of(row), "scores": found["scores"],
