@@ -15,7 +15,7 @@ depends only on seed, epoch, fold and purpose. train.scheme=plain trains one mod
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,12 +27,14 @@ from common.console import UserError, argument_parser, command, run
 from common.devices import peak_memory_mb
 from common.files import WriteError, write_csv
 from common.memory import enough_memory, reuse_memory
+from common.statistics import Statistics
 from training import checkpoints, run_folder
 from training.epochs import moving_average, run_epoch
 from training.learner import Learner, build_learner
 from training.training_set import TrainingSet, prepare_data
 from training.watch import Watch
 
+BuildLearner = Callable[[Config, Statistics], Learner]
 RESUME_MAY_CHANGE = ("device", "data.root", "data.cache", "train.epochs", "train.early_stop")
 LESS_MEMORY = ("start a new run with a smaller train.batch_size (half of it needs half the memory), a smaller "
                "data.crop (half of it needs a quarter) or smaller model.widths")
@@ -85,19 +87,19 @@ def reject_another(config: Config, folder: Path) -> None:
                         "another name=NAME, or remove the folder")
 
 
-def start(config: Config, tensorboard: bool = False) -> None:
+def start(config: Config, tensorboard: bool = False, build: BuildLearner = build_learner) -> None:
     """Start a run in a new folder, which is created only after the data and the settings were checked."""
     folder = Path("runs") / config.name
     run_folder.reject_existing(folder)
     data = prepare_data(config)
-    learner = build_learner(config, data.statistics)
+    learner = build(config, data.statistics)
     run_folder.create_run(folder, config, data.tiles)
     with run_folder.locked_run(folder), explained_errors(folder):
         run_folder.record_start(folder, config, learner.device, learner.precision)
         train(learner, data, config, folder, [], tensorboard)
 
 
-def resume(folder: Path, overrides: list[str], tensorboard: bool = False) -> None:
+def resume(folder: Path, overrides: list[str], tensorboard: bool = False, build: BuildLearner = build_learner) -> None:
     """Continue a run after its last finished epoch, as if it had not been interrupted."""
     with run_folder.locked_run(folder):
         path = folder / "checkpoints" / "last.pt"
@@ -109,7 +111,7 @@ def resume(folder: Path, overrides: list[str], tensorboard: bool = False) -> Non
                 raise UserError(f"train.epochs={config.train.epochs} is less than the {checkpoint.epoch} epochs that "
                                 f"{path} has done; a run can be made longer, not shorter")
         data = prepare_data(config)
-        learner = build_learner(config, data.statistics)
+        learner = build(config, data.statistics)
         if checkpoint:
             if not (data.tiles_identity == checkpoint.tiles_identity
                     and data.statistics.equals(checkpoint.statistics)):

@@ -22,7 +22,7 @@ from common.pictures import picture_size
 from common.statistics import Statistics
 from dataset import Tile, by_key
 from evaluation.arguments import MAY_CHANGE, run_folder_of
-from evaluation.inference import Predictor, averaged
+from evaluation.inference import Predictor, averaged, most_likely
 from training import checkpoints, run_folder
 from training.batches import normalise
 from unet import UNet
@@ -88,7 +88,7 @@ class Candidate:
         """
         if self.predictor:
             logits = self.predictor.logits(images)
-            return logits.argmax(1), logits
+            return most_likely(logits), logits
         masks = [read_mask(self.label_images[tile.key], self.config.data) for tile in tiles]
         return torch.from_numpy(np.stack(masks)).to(images.device).long(), None
 

@@ -16,6 +16,7 @@ from common.config import Filter
 from common.config_files import leaves
 from evaluation.candidates import Candidate
 
+SEED = re.compile(r"[-_.]?seed[-_.]?(\d+)")  # in the name of a run or of a folder of label images
 Samples = dict[str, np.ndarray]  # every score under the bootstrap's weights: (R,) or (R, K + 1); row 0 is the score
 
 
@@ -29,14 +30,17 @@ class Experiment:
 
 
 def experiments_of(candidates: Sequence[Candidate]) -> list[Experiment]:
-    """Find runs whose configs differ only in name, seed, device and place of the data, with a seed each."""
+    """Find runs whose configs differ only in name, seed, device and place of the data, with a seed each.
+
+    Label images of another tool are seeds of one experiment if their names say so, such as other-seed0 and other-seed1.
+    """
     found: dict[object, list[int]] = {}
     for i, candidate in enumerate(candidates):
-        found.setdefault(_without_seed(candidate) if candidate.run else i, []).append(i)
+        found.setdefault(_without_seed(candidate), []).append(i)
     experiments = []
     for members in found.values():
-        members = sorted(members, key=lambda i: candidates[i].config.seed)
-        seeds = [candidates[i].config.seed for i in members]
+        members = sorted(members, key=lambda i: _seed(candidates[i]))
+        seeds = [_seed(candidates[i]) for i in members]
         if 1 < len(members) == len(set(seeds)):
             name = _common_name([candidates[i].name for i in members])
             if any(candidate.name == name for candidate in candidates):
@@ -47,8 +51,17 @@ def experiments_of(candidates: Sequence[Candidate]) -> list[Experiment]:
     return sorted(experiments, key=lambda experiment: min(experiment.members))
 
 
+def _seed(candidate: Candidate) -> int:
+    number = SEED.search(candidate.name)
+    return int(number.group(1)) if candidate.label_images and number else candidate.config.seed
+
+
 def _without_seed(candidate: Candidate) -> tuple:
     """Return all that runs of one experiment have in common; tiles.csv says what came of the filter's settings."""
+    if candidate.label_images:
+        return "label images", _without_number(candidate.name)
+    if not candidate.run:
+        return "ensemble", candidate.name
     config = candidate.config
     data = replace(config.data, root="", cache="")
     return (replace(config, name="-", seed=0, device="auto", data=data, filter=Filter()), candidate.tiles_identity,
@@ -74,7 +87,7 @@ def explain_separate_seeds(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _without_number(name: str) -> str:
-    return re.sub(r"[-_.]?seed[-_.]?\d+", "", name)
+    return SEED.sub("", name)
 
 
 def _common_name(names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from common.console import UserError, warn
 from common.store import Store, open_store
 from dataset import SPLITS, TILE_LIST, Tile, identity, read_tiles
 from evaluation.candidates import Candidate
+from training.run_folder import TRAINED_ON, read_trained_on
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def open_test_set(candidates: Sequence[Candidate], split: str) -> TestSet:
     path = first.config.data.list_folder / TILE_LIST
     caveats = [f"{path} has changed since {candidate.name} was trained; some test tiles "
                "may have been training tiles."
-               for candidate in candidates if candidate.tiles_identity not in (None, tiles_identity)]
+               for candidate in candidates if candidate.tiles_identity not in (None, tiles_identity)
+               and not _are_of_another_folder(tiles, candidate)]
     if split != "test" and any(candidate.tiles_identity == tiles_identity for candidate in candidates):
         caveats.append(f"Split {split} contains training tiles. Only test tiles show how a model performs on new "
                        "tiles.")
@@ -61,6 +63,15 @@ def open_test_set(candidates: Sequence[Candidate], split: str) -> TestSet:
     if not rows:
         raise UserError(f"{path}: no pixel of the {split} tiles has a class, so nothing can be scored")
     return TestSet(first.config, split, [tiles[i] for i in rows], rows, store, tiles_identity, caveats)
+
+
+def _are_of_another_folder(tiles: Sequence[Tile], candidate: Candidate) -> bool:
+    """Return whether a run certainly learned from none of the tiles of a list, by the digests of their images."""
+    if candidate.run is None or not (candidate.run / TRAINED_ON).is_file():
+        return False
+    learned = {row["digest"] for row in read_trained_on(candidate.run)}
+    digests = {tile.digest for tile in tiles}
+    return "" not in learned | digests and not learned & digests
 
 
 def _check_comparable(first: Candidate, other: Candidate) -> None:

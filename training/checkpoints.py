@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.config import Config
 from common.config_files import from_dict, leaves, to_dict
@@ -106,7 +107,7 @@ def reject_other_settings(config: Config, checkpoint: Checkpoint, may_change: Se
                             f"says {current[name]}; restore the one that changed, or start a new run with name=NAME")
 
 
-def load_weights(model: UNet, checkpoint: Checkpoint) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy the checkpoint's weights into `model`. Raise a `UserError` that names the first weight that does not fit."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     saved = {name: tuple(value.shape) for name, value in checkpoint.model.items()}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from common.config import Config, Optim
@@ -16,14 +16,13 @@ from common.statistics import Statistics
 from losses import make_loss
 from training import checkpoints
 from training.snapshots import State, copy_state
-from unet import UNet
 
 
 @dataclass(frozen=True)
 class Learner:
     """What training changes, and how it computes."""
 
-    model: UNet
+    model: nn.Module  # our U-Net, or another network with the same inputs and outputs
     optimizer: torch.optim.Adam
     scheduler: ReduceLROnPlateau
     batch_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) and target (B, H, W) to the prediction's loss
@@ -54,12 +53,16 @@ class Learner:
         self.scheduler.load_state_dict(checkpoint.scheduler)
 
 
-def build_learner(config: Config, statistics: Statistics) -> Learner:
-    """Build the network with its first weights, Adam, the scheduler and the loss of a config."""
+def build_learner(config: Config, statistics: Statistics,
+                  build: Callable[[Config], nn.Module] = checkpoints.build_model) -> Learner:
+    """Build the network with its first weights, Adam, the scheduler and the loss of a config.
+
+    `build` makes another network than ours, from normalised images (B, 3, H, W) to logits (B, K, H, W).
+    """
     device = choose_device(config.device)
     precision = choose_precision(config.train.precision, device)
     torch.manual_seed(torch_seed(config.seed, 0, 0, "weights"))
-    model = checkpoints.build_model(config).to(device, memory_format=memory_format(device))
+    model = build(config).to(device, memory_format=memory_format(device))
     optimizer = build_optimizer(model, config.optim, device)
     scheduler = ReduceLROnPlateau(  # a relative threshold would count it as progress if a negative loss worsens
         optimizer, factor=config.optim.factor, patience=config.optim.patience, min_lr=config.optim.min_lr,
@@ -68,7 +71,7 @@ def build_learner(config: Config, statistics: Statistics) -> Learner:
     return Learner(model, optimizer, scheduler, batch_loss, device, precision)
 
 
-def build_optimizer(model: UNet, optim: Optim, device: torch.device) -> torch.optim.Adam:
+def build_optimizer(model: nn.Module, optim: Optim, device: torch.device) -> torch.optim.Adam:
     """Build Adam with the state that its first step would create, so that every snapshot is complete."""
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=fused)
@@ -78,7 +81,7 @@ def build_optimizer(model: UNet, optim: Optim, device: torch.device) -> torch.op
     return optimizer
 
 
-def build_batch_loss(model: UNet, config: Config, statistics: Statistics, device: torch.device,
+def build_batch_loss(model: nn.Module, config: Config, statistics: Statistics, device: torch.device,
                      precision: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """Build the function that predicts a batch and returns the prediction's loss, compiled if train.compile is set."""
     try:

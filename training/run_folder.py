@@ -144,8 +144,11 @@ def read_trained_on(folder: Path) -> list[dict[str, str]]:
 def read_metrics(folder: Path) -> list[dict]:
     """Read the rows of a run's metrics.csv as numbers; return no rows if there is no such file."""
     path = folder / "metrics.csv"
-    if not path.is_file():
-        return []
+    return read_metrics_file(path) if path.is_file() else []
+
+
+def read_metrics_file(path: Path) -> list[dict]:
+    """Read the rows of a metrics.csv as numbers."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)

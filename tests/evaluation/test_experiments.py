@@ -23,7 +23,7 @@ from evaluation.results import with_interval
 def candidate(name, seed=0, file="best.pt", run=True, tiles="same", **settings):
     config = replace(Config(name=name.partition(" ")[0], seed=seed), **settings)
     return SimpleNamespace(name=name, config=config, source=SimpleNamespace(name=file), run=run or None,
-                           tiles_identity=tiles)
+                           tiles_identity=tiles, label_images=None if run else {"a tile": "its file"})
 
 
 def test_runs_that_differ_only_in_their_seed_belong_together():
@@ -34,6 +34,13 @@ def test_runs_that_differ_only_in_their_seed_belong_together():
     found = experiments_of(candidates)
     assert [(e.name, e.members, e.seeds) for e in found] == [
         ("a", (5, 2, 0), (0, 1, 2)), ("b", (1, 4), (0, 7)), ("labels", (3,), ()), ("a-seed0 (last)", (6,), ())]
+
+
+def test_label_images_are_seeds_of_one_experiment_if_their_names_say_so():
+    labels = [candidate(name, run=False) for name in ("other_seed1", "other-seed0", "other2", "lone-seed3")]
+    found = experiments_of([candidate("other-seed0", 0), candidate("other-seed1", 1), *labels])
+    assert [(e.name, e.members, e.seeds) for e in found] == [
+        ("other", (0, 1), (0, 1)), ("other", (3, 2), (0, 1)), ("other2", (4,), ()), ("lone-seed3", (5,), ())]
 
 
 def test_two_runs_of_one_seed_are_not_two_seeds_and_other_names_are_kept():

@@ -68,7 +68,8 @@ def checkpoints_of(folder):
 
 def test_every_row_is_trained_with_every_seed_and_scored_as_evaluate_does(done_once):
     folder, output = done_once, (done_once / "output.txt").read_text()
-    assert "runs to train: 4, 2 at once; time: unknown" in output and "filter the tiles of tiny-" in output
+    assert "runs to train: 4, 2 at once; time: unknown" in output
+    assert "tiny-dice_ce-seed0: python data_filter.py --config base.yaml" in output
     runs = {f"tiny-{row}-seed{seed}" for row in ("dice_ce", "ce") for seed in (0, 1)}
     assert {path.name for path in folder.glob("runs/*-seed?")} == runs and not [*folder.glob("runs/*.log")]
     for name in runs:
@@ -151,7 +152,8 @@ def test_one_seed_is_enough_for_numbers_that_say_so(done, call):
     shutil.rmtree(done / "runs/tiny-ce-seed0")
     (done / "out/loss.json").unlink()
     assert call(done, "--out", "out", "--score").returncode == 0
-    assert "Which loss?\n\nNot run yet." in (done / "out/results.md").read_text()
+    text = (done / "out/results.md").read_text()
+    assert "Which loss?\n\nNot run yet: `python -m tools.results tiny.yaml --only loss`" in text
 
 
 def test_other_rows_first_or_other_merges_need_other_numbers(done, call):
@@ -274,7 +276,7 @@ def test_pages_of_the_repository_follow_from_the_numbers_beside_them(file, tmp_p
     found = {comparison.name: kept for comparison in plan.comparisons
              if (kept := numbers.read_numbers(file.parent, plan, comparison))}
     assert {*found} == {path.stem for path in file.parent.glob("*.json")}, "numbers are of the plan's settings"
-    page.write(tmp_path, plan, found)
+    page.write(tmp_path, plan, found, file.parent / "metrics")
     assert (tmp_path / "results.md").read_text() == file.read_text()
     for of_one in found.values():
         for row in of_one["rows"]:

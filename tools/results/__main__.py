@@ -49,7 +49,7 @@ def score(plan: Plan, comparisons: Sequence[Comparison], out: Path) -> None:
     for comparison in comparisons:
         numbers.measure(plan, comparison, out)
     page.write(out, plan, {comparison.name: found for comparison in plan.comparisons
-                           if (found := numbers.read_numbers(out, plan, comparison))})
+                           if (found := numbers.read_numbers(out, plan, comparison))}, out / "metrics")
 
 
 def main() -> None:

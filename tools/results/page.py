@@ -1,31 +1,32 @@
-"""Write the page of a plan, OUT/results.md, and a picture of each comparison from their numbers."""
+"""Write the page of a plan, OUT/results.md, and the pictures of each comparison from their numbers."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from statistics import mean
 
 from common import palette
-from common.console import command, markdown_table
+from common.console import command, markdown_table, percent
 from common.files import write_text
 from evaluation.report import interval_cell
+from tools.results import pictures
 from tools.results.plan import Comparison, Plan
+from training.run_folder import read_metrics_file
 
-CLOSE = 0.02  # of the mean Dice: the least space beside the points of a picture
+Table = tuple[list[str], list[list[str]]]  # header and rows
 
 
-def write(out: Path, plan: Plan, found: dict[str, dict]) -> None:
-    """Write the page from the numbers of comparisons by name; comparisons without numbers are named."""
+def write(out: Path, plan: Plan, found: dict[str, dict], metrics: Path) -> None:
+    """Write the page from the numbers of comparisons by name, and the metrics.csv of their runs in a folder.
+
+    Comparisons without numbers are named. Pictures that need the runs were drawn into `out` when they were measured.
+    """
     parts = [f"# {plan.title}", introduction(plan)]
     for comparison in plan.comparisons:
         parts += [f"## {comparison.name.replace('-', ' ').replace('_', ' ').capitalize()}", comparison.question]
         numbers = found.get(comparison.name)
-        if numbers is None:
-            parts.append("Not run yet.")
-            continue
-        palette.save(picture(numbers), out / f"{comparison.name}.png")
-        parts += [description(numbers), markdown_table(*table(numbers)), settings(plan, comparison),
-                  f"![The mean Dice of each row with its interval, and of each seed]({comparison.name}.png)"]
+        call = command("python", "-m", "tools.results", plan.word, "--only", comparison.name)
+        parts += section(plan, comparison, numbers, out, metrics) if numbers else [f"Not run yet: `{call}`"]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "results.md", "\n\n".join(parts) + "\n")
 
@@ -38,7 +39,30 @@ def introduction(plan: Plan) -> str:
             "first row.")
 
 
-def description(numbers: dict) -> str:
+def section(plan: Plan, comparison: Comparison, numbers: dict, out: Path, metrics: Path) -> list[str]:
+    """Return the paragraphs of a comparison, and draw what its numbers show."""
+    name = comparison.name
+    palette.save(pictures.scores(numbers), out / f"{name}.png")
+    parts = [description(plan, numbers), markdown_table(*scores(numbers)), settings(plan, comparison),
+             f"![The mean Dice of each row with its interval, and of each seed]({name}.png)",
+             f"Other scores. {OTHER_SCORES}", markdown_table(*other_scores(numbers))]
+    show = numbers.get("show", [])
+    if "curves" in show:
+        histories = {row["row"]: [read_metrics_file(metrics / f"{run['name']}.csv") for run in row["runs"]]
+                     for row in numbers["rows"]}
+        palette.save(pictures.curves(histories), out / f"{name}-curves.png")
+        parts += [f"![Training and validation loss of every run]({name}-curves.png)", CURVES,
+                  markdown_table(*unrest(histories))]
+    if "predictions" in show:
+        parts += [f"*Predictions of the first seed, from tiles with low to tiles with high accuracy.*\n\n"
+                  f"![Image, truth and the prediction of each row for some tiles]({name}-predictions.png)"]
+    if "fields" in show:
+        parts += [FIELDS, markdown_table(*fields(numbers)),
+                  f"![Maps of the gradient of the first seed of each row]({name}-fields.png)"]
+    return parts
+
+
+def description(plan: Plan, numbers: dict) -> str:
     """Say of what and by what the numbers are."""
     runs = [run for row in numbers["rows"] for run in row["runs"]]
 
@@ -51,13 +75,14 @@ def description(numbers: dict) -> str:
         f"one seed, {numbers['seeds'][0]}: another one may differ as much as the rows do")
     groups = f" of {numbers['groups']} slides or patients" if numbers["groups"] else ""
     commits = ", ".join(sorted({(run["commit"] or "unknown")[:7] for run in runs}))
-    return (f"Test set: {numbers['tiles']} tiles{groups}. {seeds[0].upper()}{seeds[1:]}. {all_of('device')}, "
+    others = f" (`{plan.test}`)" if plan.test else ""
+    return (f"Test set: {numbers['tiles']} tiles{groups}{others}. {seeds[0].upper()}{seeds[1:]}. {all_of('device')}, "
             f"{all_of('threads')} thread(s) for each run, {all_of('precision')}, torch {all_of('torch')}, commit "
             f"{commits}, {when}.")
 
 
-def table(numbers: dict) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the table of a comparison."""
+def scores(numbers: dict) -> Table:
+    """Return the main table of a comparison."""
     classes, merges = numbers["classes"], list(numbers["rows"][0]["merged"])
     of_seeds = len(numbers["seeds"]) > 1
     header = ["", "Dice", "95 % interval", "difference", "95 % interval", *(["of each seed"] if of_seeds else []),
@@ -79,8 +104,80 @@ def table(numbers: dict) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+OTHER_SCORES = ("Soft Dice and accuracy are the report's DICE and ACC. HD95 is the 95th percentile of the distance "
+                "between the outlines of truth and prediction, as a mean over tiles and classes. Differences are to "
+                "the first row, with their 95 % intervals.")
+
+
+def other_scores(numbers: dict) -> Table:
+    """Return the table of the report's scores, of distances and of calibration."""
+    header = ["", "soft Dice", "difference", "accuracy", "difference", "HD95 px", "difference", "calibration error"]
+    has_blank = any("blank" in run for row in numbers["rows"] for run in row["runs"])
+    rows = []
+    for row in numbers["rows"]:
+        cells = [row["row"]]
+        for name, form in (("soft_dice", ".3f"), ("pixel_accuracy", ".3f"), ("tile_hd95", ".1f")):
+            score, difference = (_of_mean(part.get(name)) for part in (row["scores"], row["difference_to_first"]))
+            cells += [_cell(score, form), _with_interval(difference, f"+{form}")]
+        cells.append(_cell(row["scores"].get("ece")))
+        if has_blank:
+            values = [run["blank"] for run in row["runs"] if run.get("blank") is not None]
+            cells.append(", ".join(percent(value) for value in values))
+        rows.append(cells)
+    return [*header, *(["blank spots in tissue that are called background, by seed"] if has_blank else [])], rows
+
+
+CURVES = ("Unrest is the sum of all rises of the validation loss from epoch to epoch, as a share of its fall from the "
+          "first epoch to its minimum: 0 is a loss that only falls. It does not depend on the scale of a loss.")
+
+
+def unrest(histories: dict[str, list[list[dict]]]) -> Table:
+    """Return a table of the best epochs of each row, and of how unsteady the validation loss is."""
+    rows = []
+    for row, runs in histories.items():
+        losses = [[epoch["val_loss"] for epoch in history] for history in runs]
+        best = [str(1 + of_run.index(min(of_run))) for of_run in losses]
+        rises = [sum(max(0.0, after - before) for before, after in pairwise(of_run)) / (of_run[0] - min(of_run))
+                 if of_run[0] > min(of_run) else float("inf") for of_run in losses]
+        rows.append([row, ", ".join(best), ", ".join(f"{value:.2f}" for value in rises), f"{mean(rises):.2f}"])
+    return ["", "best epochs", "unrest of each seed", "mean"], rows
+
+
+FIELDS = ("Effective receptive fields: the radius r95 in pixels of the disc that holds 95 % of the squared gradient, "
+          "as a mean over seeds, each pixel counting equally, and which share of gradient x activation comes by each "
+          "path ([Receptive fields](../../receptive-fields.md)). Levels are counted from the finest one.")
+
+
+def fields(numbers: dict) -> Table:
+    """Return the table of effective receptive fields."""
+    measured = [(row["row"], [run["fields"] for run in row["runs"] if "fields" in run]) for row in numbers["rows"]]
+    measured = [(row, found) for row, found in measured if found]
+    inside = [name for name in (*numbers["classes"], "all") if any(name in one["r95"] for _, found in measured
+                                                                   for one in found)]
+    paths = list(dict.fromkeys(path for _, found in measured for one in found for path in one["paths"]))
+    rows = [[row, " or ".join(map(str, found[0]["theory_px"])),
+             *(_mean([one["r95"].get(name) for one in found], ".1f") for name in inside),
+             _mean([one["r95_untrained"] for one in found], ".1f"),
+             *(_mean([one["paths"].get(path) for one in found], ".1%") for path in paths)] for row, found in measured]
+    return ["", "theory px", *(f"r95 in {name}" for name in inside), "before training", *paths], rows
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(mean(known), form) if known else ""
+
+
+def _of_mean(score: dict | None) -> dict | None:
+    return score.get("mean", score) if score else None
+
+
 def _cell(score: dict | None, form: str = ".3f") -> str:
     return "" if not score or score["value"] is None else format(score["value"], form)
+
+
+def _with_interval(score: dict | None, form: str) -> str:
+    interval = interval_cell(score, form)
+    return _cell(score, form) + (f" ({interval})" if interval else "")
 
 
 def _range(values: Sequence[int]) -> str:
@@ -89,28 +186,7 @@ def _range(values: Sequence[int]) -> str:
 
 def settings(plan: Plan, comparison: Comparison) -> str:
     """List the settings of each row."""
-    return "\n".join(f"- {row}: " + (f"`{plan.rows[row]}`" if plan.rows[row] else "nothing else")
-                     for row in comparison.rows)
-
-
-def picture(numbers: dict) -> Figure:
-    """Draw the mean Dice of each row with its interval as a line, and that of each seed as a small point."""
-    rows = numbers["rows"]
-    figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(rows)), dpi=110, layout="constrained")
-    axis = figure.subplots()
-    for place, row in enumerate(rows):
-        mean, colour = row["scores"]["dice"]["mean"], palette.SERIES[place % len(palette.SERIES)]
-        if mean["low"] is not None:
-            axis.plot([mean["low"], mean["high"]], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
-        axis.plot(mean["value"], place, "o", color=colour, markersize=8)
-        seeds = [run["scores"]["dice"]["mean"] for run in row["runs"]]
-        if len(seeds) > 1:
-            axis.plot(seeds, [place + 0.22] * len(seeds), "|", color=colour, markersize=8, markeredgewidth=1.5)
-    axis.axvline(rows[0]["scores"]["dice"]["mean"]["value"], color="grey", linestyle=":", linewidth=1)
-    axis.set(yticks=range(len(rows)), yticklabels=[row["row"] for row in rows], ylim=(len(rows) - 0.5, -0.5),
-             xlabel="mean Dice, 95 % interval" + ("; short lines: each seed" if len(numbers["seeds"]) > 1 else ""))
-    low, high = axis.get_xlim()
-    axis.set_xlim(max(0, low - CLOSE), min(1, high + CLOSE))
-    axis.grid(axis="x", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure
+    return "\n".join(f"- {label}: " + ", ".join([
+        *([f"{plan.networks[row]} (tools/other_networks.py)"] if row in plan.networks else []),
+        *([f"`{plan.rows[row]}`"] if plan.rows[row] else [])] or ["nothing else"])
+        for label, row in zip(comparison.labels, comparison.rows, strict=True))

@@ -2,20 +2,23 @@
 
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.config import Config
-from common.config_files import leaves, load_config, read_yaml
+from common.config import Config, Data
+from common.config_files import apply_overrides, leaves, load_config, read_yaml
 from common.console import UserError, check
+from evaluation.arguments import MAY_CHANGE
+from tools.other_networks import NETWORKS
 
 PLANS = Path("configs/results")
 NOT_SETTINGS = ("name", "seed", "device", "data.root", "data.cache")  # what a row may be without being another one
-KNOWN = {"title": str, "config": str, "settings": str, "seeds": list, "merge": list, "data": str, "rows": dict,
-         "comparisons": dict}
+KNOWN = {"title": str, "config": str, "settings": str, "seeds": list, "merge": list, "test": str, "prepare": dict,
+         "networks": dict, "rows": dict, "comparisons": dict}
+SHOWN = ("curves", "predictions", "fields", "blank")  # what a comparison may show beside its scores
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Run:
     """One training of a row."""
 
     config: Config
-    arguments: tuple[str, ...]  # of train.py
+    arguments: tuple[str, ...]  # of train.py, or of tools.other_networks
+    network: str = ""  # of another library (tools/other_networks.py); "" is ours
 
     @property
     def name(self) -> str:
@@ -41,6 +45,8 @@ class Comparison:
     name: str
     question: str
     rows: tuple[str, ...]
+    labels: tuple[str, ...]  # what the page calls each row
+    show: tuple[str, ...] = ()  # of `SHOWN`
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class Plan:
     rows: dict[str, str]  # the settings of each row, after those of all
     comparisons: tuple[Comparison, ...]
     merge: tuple[str, ...] = ()  # --merge of evaluate.py
-    data: str = ""  # the command that makes the tiles
+    test: str = ""  # settings of tiles that are scored, all of them, in place of the test tiles of each run
+    prepare: dict[str, list[str]] = field(default_factory=dict)  # folders, and the commands that make them
+    networks: dict[str, str] = field(default_factory=dict)  # rows of networks of other libraries
 
     @property
     def word(self) -> str:
@@ -66,7 +74,10 @@ class Plan:
     def run(self, row: str, seed: int) -> Run:
         own = f"{self.settings} {self.rows[row]} seed={seed} name={self.name}-{row}-seed{seed}"
         arguments = ("--config", self.config, *shlex.split(own))
-        return Run(load_config(self.config, arguments[2:]), arguments)
+        network = self.networks.get(row, "")
+        if network and self.test:
+            arguments = (*arguments, "--test", self.test)
+        return Run(load_config(self.config, shlex.split(own)), arguments, network)
 
     @cached_property
     def runs(self) -> dict[str, list[Run]]:
@@ -75,10 +86,20 @@ class Plan:
 
     def settings_of(self, row: str) -> dict[str, Any]:
         """Return what differs from the defaults of common/config.py, as config.yaml writes it."""
-        defaults = dict(leaves(Config()))
+        defaults, network = dict(leaves(Config())), self.networks.get(row)
         return {name: list(value) if isinstance(value, tuple) else value
                 for name, value in leaves(self.runs[row][0].config)
-                if value != defaults[name] and name not in NOT_SETTINGS}
+                if value != defaults[name] and name not in NOT_SETTINGS
+                and not (network and name.startswith("model."))} | ({"network": network} if network else {})
+
+    def tested(self, row: str) -> Data:
+        """Return where the tiles lie on which a row is scored."""
+        return apply_overrides(self.runs[row][0].config, shlex.split(self.test), allowed=MAY_CHANGE).data
+
+    @property
+    def test_words(self) -> list[str]:
+        """What evaluate.py and receptive_field.py have to know of the tiles that are scored."""
+        return ["--split", "all", *shlex.split(self.test)] if self.test else []
 
 
 def load_plan(name: str) -> Plan:
@@ -96,9 +117,18 @@ def load_plan(name: str) -> Plan:
     rows = {str(row): settings or "" for row, settings in values["rows"].items()}
     for row in rows:
         check(re.fullmatch(r"[\w.+-]+", row) is not None, f"{path}: rows: '{row}' must be letters, digits, _, -, +, .")
-    comparisons = tuple(_comparison(path, name, found, rows) for name, found in values["comparisons"].items())
+    networks, prepare = values.get("networks", {}), values.get("prepare", {})
+    comparisons = tuple(_comparison(path, str(name), found, rows, networks)
+                        for name, found in values["comparisons"].items())
+    for row, network in networks.items():
+        check(row in rows, f"{path}: networks: there is no row '{row}'; rows are {', '.join(rows)}")
+        check(network in NETWORKS, f"{path}: networks: {row}: unknown network '{network}'; known are "
+              f"{', '.join(NETWORKS)}")
+    for folder, commands in prepare.items():
+        check(isinstance(commands, list) and all(isinstance(each, str) for each in commands),
+              f"{path}: prepare: {folder} must be a list of commands; it is {commands!r}")
     plan = Plan(path.stem, path, values.get("title", path.stem), values["config"], values.get("settings") or "", seeds,
-                rows, comparisons, tuple(values.get("merge", ())), values.get("data", ""))
+                rows, comparisons, tuple(values.get("merge", ())), values.get("test") or "", prepare, networks)
     try:
         _reject_equal_rows(plan)
     except UserError as error:
@@ -106,17 +136,24 @@ def load_plan(name: str) -> Plan:
     return plan
 
 
-def _comparison(path: Path, name: str, values: Any, rows: Sequence[str]) -> Comparison:
-    check(isinstance(values, dict) and {*values} == {"question", "rows"} and bool(values["rows"]),
-          f"{path}: comparisons: {name} must have a question and rows")
-    for row in values["rows"]:
-        check(row in rows, f"{path}: comparisons: {name}: there is no row '{row}'; rows are {', '.join(rows)}")
-    return Comparison(str(name), values["question"], tuple(values["rows"]))
+def _comparison(path: Path, name: str, values: Any, rows: Sequence[str], networks: Collection[str]) -> Comparison:
+    where = f"{path}: comparisons: {name}"
+    check(isinstance(values, dict) and {"question", "rows"} <= {*values} <= {"question", "rows", "show"}
+          and bool(values["rows"]), f"{where} must have a question and rows, and may have show")
+    found = values["rows"] if isinstance(values["rows"], dict) else {row: row for row in values["rows"]}
+    for row in found.values():
+        check(row in rows, f"{where}: there is no row '{row}'; rows are {', '.join(rows)}")
+    others = [row in networks for row in found.values()]
+    check(others == sorted(others), f"{where}: rows of other networks must come after all of ours")
+    show = values.get("show", [])
+    for part in show:
+        check(part in SHOWN, f"{where}: show: unknown '{part}'; known are {', '.join(SHOWN)}")
+    return Comparison(name, values["question"], tuple(found.values()), tuple(map(str, found)), tuple(show))
 
 
 def _reject_equal_rows(plan: Plan) -> None:
     """Also reads the settings of every row."""
     found: dict[str, str] = {}
     for row, (first, *_) in plan.runs.items():
-        other = found.setdefault(repr([*leaves(first.config)][2:]), row)
+        other = found.setdefault(repr([first.network, *[*leaves(first.config)][2:]]), row)
         check(other == row, f"rows: {other} and {row} have the same settings; use one of them in all comparisons")

@@ -1,6 +1,7 @@
 """Train what a plan lacks, several runs at once, and say how long it will take."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from common.config import Data
 from common.console import Progress, UserError
 from common.workers import THREAD_VARIABLES
 from dataset import TILE_LIST
+from tools.other_networks import predictions_of
 from tools.results.plan import Plan, Run
 from train import reason_to_end, reject_another, settings_of_resumption
 from training.run_folder import read_metrics
@@ -25,9 +28,10 @@ def epochs_done(run: Run) -> int:
 
 
 def is_complete(run: Run) -> bool:
-    """Return whether a run needs no more training. Raise a `UserError` if its folder holds other settings."""
+    """Return whether nothing of a run is left to do. Raise a `UserError` if its folder holds other settings."""
     reject_another(run.config, run.folder)
-    return bool(reason_to_end(read_metrics(run.folder), run.config))
+    return bool(reason_to_end(read_metrics(run.folder), run.config)) and (
+        not run.network or predictions_of(run.folder).is_dir())
 
 
 def epochs_left(run: Run) -> int:
@@ -53,19 +57,42 @@ def _without_seed(run: Run) -> str:
 
 
 def prepare(plan: Plan, runs: Sequence[Run]) -> None:
-    """Write the list of tiles of every run that has none, as data_filter.py does."""
+    """Make the tiles and the list of tiles of every run that has none, by the plan's commands or data_filter.py."""
     for run in runs:
-        data = run.config.data
-        if (data.list_folder / TILE_LIST).exists():
-            continue
-        if not Path(data.root).is_dir():
-            raise UserError(f"{data.root}: no such folder of tiles" + (f"; make it with: {plan.data}" if plan.data
-                                                                       else ""))
-        print(f"\nfilter the tiles of {run.name}: {data.list_folder / TILE_LIST}", flush=True)
-        words = [word for word in run.arguments if not word.startswith(("name=", "seed="))]
-        if subprocess.run([sys.executable, str(CODE / "data_filter.py"), *words]).returncode:
-            raise UserError(f"the tiles of {run.name} were not filtered, see above; the same command goes on from "
-                            "there")
+        _make_tiles(plan, run.config.data)
+        if not (run.config.data.list_folder / TILE_LIST).exists():
+            words = [word for word in run.arguments if not word.startswith(("name=", "seed="))]
+            _call(shlex.join(["python", "data_filter.py", *words]), run.name)
+    if runs:
+        _make_tiles(plan, plan.tested(next(iter(plan.rows))))
+
+
+def _make_tiles(plan: Plan, data: Data) -> None:
+    """Run the plan's commands for the folder of the tiles and for that of their list, if they are missing."""
+    if not Path(data.root).is_dir():
+        commands = plan.prepare.get(data.root, [])
+        if not commands or any("SOURCE" in each for each in commands):
+            raise UserError("; ".join([f"{data.root}: no such folder of tiles",
+                                       *(f"make it with: {each}" for each in commands)]))
+        for each in commands:
+            _call(each, data.root)
+    if data.cache and not (data.list_folder / TILE_LIST).exists():
+        for each in plan.prepare.get(data.cache, []):
+            _call(each, data.cache)
+
+
+def _call(words: str, purpose: str) -> None:
+    """Run a command of this repository, as it is written for a shell in its folder."""
+    print(f"\n{purpose}: {words}", flush=True)
+    first, *others = shlex.split(words)
+    script = [str(CODE / word) if word.endswith(".py") and "/" not in word else word for word in others]
+    if subprocess.run([sys.executable if first == "python" else first, *script], env=_environment()).returncode:
+        raise UserError(f"{purpose}: the command above failed; the same command as before goes on from there")
+
+
+def _environment(threads: int = 0) -> dict[str, str]:
+    path = os.pathsep.join([str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path} | (dict.fromkeys(THREAD_VARIABLES, str(threads)) if threads else {})
 
 
 @dataclass
@@ -80,14 +107,17 @@ class _Trainer:
         """Train a run, or go on with it. Its messages go to runs/NAME.log, which is removed if all went well."""
         if self.is_ended:
             return
-        limits = dict.fromkeys(THREAD_VARIABLES, str(self.threads)) if self.threads else {}
-        goes_on = ["--resume", str(run.folder), *settings_of_resumption(run.config)]
-        words = goes_on if run.folder.exists() else run.arguments
+        if run.network:
+            words = ["-m", "tools.other_networks", run.network, *run.arguments]
+        elif run.folder.exists():
+            words = [str(CODE / "train.py"), "--resume", str(run.folder), *settings_of_resumption(run.config)]
+        else:
+            words = [str(CODE / "train.py"), *run.arguments]
         log = run.folder.with_name(f"{run.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen([sys.executable, str(CODE / "train.py"), *words], env=os.environ | limits,
-                                       stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen([sys.executable, *words], env=_environment(self.threads), stdout=file,
+                                       stderr=subprocess.STDOUT)
             self.processes.append(process)
             code = process.wait()
         if code and not self.is_ended:
