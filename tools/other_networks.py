@@ -39,7 +39,7 @@ from training.checkpoints import load_checkpoint, load_weights
 from training.learner import build_learner
 
 MULTIPLE = 32  # all of these networks take heights and widths that are multiples of it
-LITE0 = "timm-tf_efficientnet_lite0"
+LITE0 = "tu-tf_efficientnet_lite0"
 
 
 def smp_unet(encoder: str, classes: int) -> nn.Module:
