@@ -2,10 +2,11 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: help demo test test-slow test-gpu clean-demo
+.PHONY: help demo results test test-slow test-gpu clean-demo
 
 help:
 	@echo "make demo        install, make synthetic tiles, filter, train, evaluate (minutes; an interrupted demo goes on)"
+	@echo "make results     repeat the comparisons of docs/results/demo into my_results/demo (hours; it goes on, too)"
 	@echo "make test        install, lint, run the tests (real tissue: CRC_REAL_DATA=DIR make test)"
 	@echo "make test-slow   the tests that take minutes each"
 	@echo "make test-gpu    the tests that need a CUDA GPU, and a table of what they measure (CRC_GPU_JSON=FILE keeps it)"
@@ -32,6 +33,9 @@ demo: .venv/installed data/demo/tiles.csv
 	@if [ -d runs/demo ]; then $(PY) train.py --resume runs/demo; else $(PY) train.py --config configs/demo.yaml; fi
 	$(PY) evaluate.py runs/demo
 	@echo "open runs/demo/evaluation/report.html in a browser"
+
+results: .venv/installed
+	$(PY) -m tools.results demo --out my_results/demo
 
 test: .venv/installed-dev
 	$(PY) -m ruff check .

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import copy_run, read_rows, run_evaluate
+from helpers import copy_run, read_rows, read_scores, run_evaluate, tiny_config, write_pairs
 
 from common.console import UserError
 
@@ -38,6 +38,21 @@ def test_a_changed_list_of_tiles_is_reported(trained, tmp_path, capsys):
     assert f"{path} has changed since tiny was trained" in capsys.readouterr().err
     for name in ("report.html", "table.md", "scores.json"):
         assert "has changed since tiny was trained" in (trained / "evaluation" / name).read_text()
+
+
+def test_tiles_of_another_folder_are_not_doubted_unless_they_were_learned(trained, tmp_path, capsys):
+    shutil.copytree(tmp_path / "tiles", tmp_path / "copy")
+    rows = read_rows(tmp_path / "copy/tiles.csv")
+    with (tmp_path / "copy/tiles.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows[1:])
+    write_pairs(tmp_path / "others", 6, seed=8, slides=3)
+    tiny_config(tmp_path / "others")
+    for folder, is_doubted in (("others", False), ("copy", True)):
+        run_evaluate(trained, f"data.root={tmp_path / folder}", "--split", "all", "--out", tmp_path / f"of_{folder}")
+        assert ("has changed since tiny was trained" in capsys.readouterr().err) == is_doubted
+        assert bool(read_scores(tmp_path / f"of_{folder}")["doubts"]) == is_doubted
 
 
 def test_missing_tiles_masks_and_lists(trained, tmp_path):

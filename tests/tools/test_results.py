@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-from helpers import REPOSITORY, TINY, read_scores, script, write_pairs
+from helpers import REPOSITORY, TINY, read_rows, read_scores, script, write_pairs
+from PIL import Image
 
 from common.config_files import load_config
 from common.console import UserError
 from tools.results import numbers, page
 from tools.results.plan import load_plan
-from tools.results.runs import duration, seconds_left
+from tools.results.runs import duration, prepare, seconds_left
 
 PLAN = """\
 title: Tiny
@@ -31,7 +33,10 @@ comparisons:
 """
 
 
-def write_plan(folder, text=PLAN, settings=TINY):
+SETTINGS = (*TINY, "data.crop=32", "filter.blank_intensity=130", "filter.max_blank=off")
+
+
+def write_plan(folder, text=PLAN, settings=SETTINGS):
     (folder / "base.yaml").write_text("data: {root: tiles}\n")
     quoted = " ".join(f"'{word}'" for word in settings)
     (folder / "tiny.yaml").write_text(text.format(settings=json.dumps(quoted)))
@@ -71,7 +76,7 @@ def test_every_row_is_trained_with_every_seed_and_scored_as_evaluate_does(done_o
     assert "runs to train: 4, 2 at once; time: unknown" in output
     assert "tiny-dice_ce-seed0: python data_filter.py --config base.yaml" in output
     runs = {f"tiny-{row}-seed{seed}" for row in ("dice_ce", "ce") for seed in (0, 1)}
-    assert {path.name for path in folder.glob("runs/*-seed?")} == runs and not [*folder.glob("runs/*.log")]
+    assert {path.parent.name for path in folder.glob("runs/*/config.yaml")} == runs and not [*folder.glob("runs/*.log")]
     for name in runs:
         config = load_config(folder / f"runs/{name}/config.yaml")
         assert config.name == name and config.loss.name == ("ce" if "-ce-" in name else "dice_ce")
@@ -105,6 +110,40 @@ def test_the_page_shows_what_the_numbers_say(done_once):
     assert "`python -m tools.results tiny.yaml`" in text and "Which loss?" in text
     assert "- ce: `loss.name=ce`" in text and "(loss.png)" in text
     assert (folder / "out/loss.png").stat().st_size > 2000
+
+
+def test_fields_blank_spots_and_pictures_are_those_of_the_runs(done, call):
+    (done / "tiny.yaml").write_text((done / "tiny.yaml").read_text().replace(
+        "[dice_ce, ce]", "[dice_ce, ce], show: [curves, predictions, fields, blank]"))
+    assert call(done, "--out", "out", "--score", "--only", "loss").returncode == 0
+    text = (done / "out/results.md").read_text()
+    for name in ("loss-curves", "loss-predictions", "loss-fields"):
+        assert f"({name}.png)" in text and (done / f"out/{name}.png").stat().st_size > 2000
+    folder, found = done, json.loads((done / "out/loss.json").read_text())
+    tiles = [row for row in read_rows(folder / "tiles/tiles.csv") if row["split"] == "test"]
+    for row in found["rows"]:
+        for run in row["runs"]:
+            fields = json.loads((folder / f"runs/tiny-loss-fields-seed{run['seed']}/fields.json").read_text())
+            (of_run,) = [each for each in fields["runs"] if each["name"] == run["name"]]
+            for inside, radius in run["fields"]["r95"].items():
+                assert radius == next(each["r95_even"] for each in of_run["fields"] if each["weights"] == "trained" and
+                                      each["input"] == "tiles" and (each["inside"], each["logit"]) == (inside, "all"))
+            shares = {each["path"]: each["gradient_x_activation"] for each in of_run["paths"]
+                      if each["inside"] == "all"}
+            assert run["fields"]["paths"] == shares and sum(shares.values()) == pytest.approx(1, abs=1e-4)
+            pixels = missed = 0
+            for tile in tiles:
+                image, mask = (np.array(Image.open(folder / "tiles" / tile[name])) for name in ("image", "mask"))
+                label = np.array(Image.open(folder / f"runs/tiny-loss/predictions/{run['name']}/{tile['key']}.png"))
+                for y, x in np.ndindex(mask.shape):
+                    if mask[y, x] > 26 and 255 - image[y, x].sum() / 3 < 130:
+                        pixels, missed = pixels + 1, missed + (label[y, x] == 26)
+            assert pixels > 0 and run["blank"] == pytest.approx(missed / pixels, abs=1e-4)
+
+
+def test_unrest_is_the_share_of_rises_in_the_fall_of_a_loss():
+    histories = [[{"val_loss": loss} for loss in losses] for losses in ([5, 3, 4, 1, 3], [1, 2, 3], [3, 2, 1])]
+    assert page.unrest({"a": histories})[1] == [["a", "4, 1, 3", "0.75, inf, 0.00", "inf"]]
 
 
 def test_what_is_complete_is_not_trained_again_and_an_interrupted_run_goes_on(done, call):
@@ -148,7 +187,7 @@ def test_one_seed_is_enough_for_numbers_that_say_so(done, call):
     assert call(done, "--out", "out", "--score").returncode == 0
     found, text = json.loads((done / "out/loss.json").read_text()), (done / "out/results.md").read_text()
     assert found["seeds"] == [0] and json.loads((done / "out/alone.json").read_text())["seeds"] == [0, 1]
-    assert "One seed, 0: another one may differ" in text and text.count("of each seed |") == 1
+    assert "One seed, 0: another one may differ" in text and text.count("| of each seed |") == 1
     shutil.rmtree(done / "runs/tiny-ce-seed0")
     (done / "out/loss.json").unlink()
     assert call(done, "--out", "out", "--score").returncode == 0
@@ -215,6 +254,12 @@ def test_an_interrupt_ends_the_runs_too(done):
     ("ce: loss.name=ce", "c/e: loss.name=ce", "'c/e' must be letters"),
     ("[dice_ce, ce]", "[dice_ce, wce]", "loss: there is no row 'wce'; rows are dice_ce, ce"),
     ('question: "Which loss?", ', "", "loss must have a question and rows"),
+    ("rows: [dice_ce, ce]", "rows: [dice_ce, ce], show: [curve]", "loss: show: unknown 'curve'; known are curves, predictions"),
+    ("config: base.yaml", "networks: {{ce: vgg}}\nconfig: base.yaml", "ce: unknown network 'vgg'; known are smp-"),
+    ("config: base.yaml", "networks: {{wce: monai-basic}}\nconfig: base.yaml", "networks: there is no row 'wce'"),
+    ("config: base.yaml", "networks: {{dice_ce: monai-basic}}\nconfig: base.yaml", "must come after all of ours"),
+    ("config: base.yaml", "prepare: {{tiles: make}}\nconfig: base.yaml", "prepare: tiles must be a list of commands"),
+    ("config: base.yaml", "test: data.crop=3\nconfig: base.yaml", "data.crop"),
 ])
 def test_a_plan_that_does_not_fit_is_rejected(tmp_path, monkeypatch, old, new, message):
     monkeypatch.chdir(tmp_path)
@@ -223,6 +268,62 @@ def test_a_plan_that_does_not_fit_is_rejected(tmp_path, monkeypatch, old, new, m
     with pytest.raises(UserError, match=re.escape(message)) as error:
         load_plan("tiny.yaml")
     assert "tiny.yaml" in str(error.value) or "none.yaml" in message
+
+
+def test_commands_make_the_folders_that_are_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text("data: {root: made, group: '^(s[0-9]+)'}\n")
+    (tmp_path / "tiny.yaml").write_text("""\
+config: base.yaml
+seeds: [0]
+test: data.root=other data.cache=other_list
+prepare:
+  made: [python -m tools.make_demo_data made --tiles 8 --slides 4 --size 128 --seed 5]
+  other: [python -m tools.make_demo_data other --tiles 6 --slides 3 --size 128 --seed 5]
+  other_list: [python data_filter.py --config base.yaml data.root=other data.cache=other_list filter.max_blank=off]
+rows: {given: '', all: data.cache=all filter.min_foreground=0 filter.max_blank=off}
+comparisons: {filter: {question: "Which?", rows: {by rules: given, all of them: all}}}
+""")
+    plan = load_plan("tiny.yaml")
+    prepare(plan, [runs[0] for runs in plan.runs.values()])
+    kept = {folder: [row["split"] in ("train", "test") for row in read_rows(tmp_path / folder / "tiles.csv")]
+            for folder in ("made", "all", "other_list")}
+    assert len(kept["made"]) == 8 and sum(kept["all"]) == 8 and len(kept["other_list"]) == 6
+    assert sum(kept["made"]) < 8 and not (tmp_path / "other/tiles.csv").exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.csv")}
+    prepare(plan, [runs[0] for runs in plan.runs.values()])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.csv")} == before, "nothing is made twice"
+    assert plan.comparisons[0].labels == ("by rules", "all of them") and plan.tested("all").root == "other"
+    assert plan.test_words == ["--split", "all", "data.root=other", "data.cache=other_list"]
+    shutil.rmtree(tmp_path / "made")
+    (tmp_path / "tiny.yaml").write_text((tmp_path / "tiny.yaml").read_text().replace(
+        "tools.make_demo_data made", "tools.prepare_ebhi SOURCE made"))
+    with pytest.raises(UserError, match="made: no such folder of tiles; make it with: python -m tools.prepare_ebhi"):
+        prepare(load_plan("tiny.yaml"), [plan.runs["given"][0]])
+
+
+def test_rows_of_other_networks_are_other_rows_and_are_scored_by_their_label_images(done, call):
+    text = (done / "tiny.yaml").read_text()
+    (done / "tiny.yaml").write_text(text.replace("comparisons:", """\
+  basic: ''
+networks: {basic: monai-basic}
+comparisons:
+  networks: {question: "Ours or theirs?", rows: {ours: dice_ce, MONAI: basic}}"""))
+    out = call(done, "--out", "out", "--only", "networks")
+    assert out.returncode == 0, out.stderr
+    found = json.loads((done / "out/networks.json").read_text())
+    ours, theirs = found["rows"]
+    assert theirs["row"] == "MONAI" and theirs["settings"]["network"] == "monai-basic"
+    assert not any(name.startswith("model.") for name in theirs["settings"]) and "model.widths" in ours["settings"]
+    assert "soft_dice" not in theirs["scores"] and [run["epochs"] for run in theirs["runs"]] == [3, 3]
+    values = [run["scores"]["dice"]["mean"] for run in theirs["runs"]]
+    assert theirs["scores"]["dice"]["mean"]["value"] == pytest.approx(sum(values) / 2, abs=1e-6)
+    assert theirs["difference_to_first"]["dice"]["mean"]["value"] == pytest.approx(
+        theirs["scores"]["dice"]["mean"]["value"] - ours["scores"]["dice"]["mean"]["value"], abs=2e-6)
+    assert "- MONAI: monai-basic (tools/other_networks.py)" in (done / "out/results.md").read_text()
+    assert "all trained" in call(done, "--plan", "--out", "new", "--only", "networks").stdout
+    shutil.rmtree(done / "runs/tiny-basic-seed1/predictions")
+    assert "runs to train: 1," in call(done, "--plan", "--out", "new", "--only", "networks").stdout
 
 
 def test_unknown_comparisons_are_rejected(tmp_path, call):

@@ -131,6 +131,7 @@ def load_plan(name: str) -> Plan:
                 rows, comparisons, tuple(values.get("merge", ())), values.get("test") or "", prepare, networks)
     try:
         _reject_equal_rows(plan)
+        plan.tested(next(iter(rows)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return plan
