@@ -254,7 +254,7 @@ def test_an_interrupt_ends_the_runs_too(done):
     ("ce: loss.name=ce", "c/e: loss.name=ce", "'c/e' must be letters"),
     ("[dice_ce, ce]", "[dice_ce, wce]", "loss: there is no row 'wce'; rows are dice_ce, ce"),
     ('question: "Which loss?", ', "", "loss must have a question and rows"),
-    ("rows: [dice_ce, ce]", "rows: [dice_ce, ce], show: [curve]", "loss: show: unknown 'curve'; known are curves, predictions"),
+    ("rows: [dice_ce, ce]", "rows: [dice_ce, ce], show: [curve]", "loss: show: unknown 'curve'; known are curves"),
     ("config: base.yaml", "networks: {{ce: vgg}}\nconfig: base.yaml", "ce: unknown network 'vgg'; known are smp-"),
     ("config: base.yaml", "networks: {{wce: monai-basic}}\nconfig: base.yaml", "networks: there is no row 'wce'"),
     ("config: base.yaml", "networks: {{dice_ce: monai-basic}}\nconfig: base.yaml", "must come after all of ours"),
