@@ -21,20 +21,17 @@ ALL = "all"
 
 
 def receptive_fields(plan: Plan, runs: Mapping[str, Sequence[Run]], folder: Path, picture: Path) -> dict[str, dict]:
-    """Measure our networks by receptive_field.py, and return the numbers of each run; copy the first seed's picture."""
-    found = {}
-    for number, of_seed in enumerate(zip(*runs.values(), strict=True)):
-        ours = [run for run in of_seed if not run.network]
-        out = folder.with_name(f"{folder.name}-seed{ours[0].config.seed}")
-        words = [str(CODE / "receptive_field.py"), *(str(run.folder) for run in ours), *plan.test_words, "--out",
-                 str(out)]
-        if subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL).returncode:
-            raise UserError(f"the receptive fields of {folder.name} were not measured, see above")
-        contents = json.loads((out / "fields.json").read_text(encoding="utf-8"))
-        found |= {run["name"]: _numbers_of_fields(run) for run in contents["runs"]}
-        if number == 0:
-            copyfile(out / "fields.png", picture)
-    return found
+    """Measure our network of the first seed of each row by receptive_field.py.
+
+    Return the numbers of these runs, and write their maps to the file `picture`.
+    """
+    ours = [str(of_row[0].folder) for of_row in runs.values() if not of_row[0].network]
+    words = [str(CODE / "receptive_field.py"), *ours, *plan.test_words, "--out", str(folder)]
+    if subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"the receptive fields of {folder.name} were not measured, see above")
+    copyfile(folder / "fields.png", picture)
+    contents = json.loads((folder / "fields.json").read_text(encoding="utf-8"))
+    return {run["name"]: _numbers_of_fields(run) for run in contents["runs"]}
 
 
 def _numbers_of_fields(run: dict) -> dict:

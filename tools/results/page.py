@@ -143,28 +143,24 @@ def unrest(histories: dict[str, list[list[dict]]]) -> Table:
     return ["", "best epochs", "unrest of each seed", "mean"], rows
 
 
-FIELDS = ("Effective receptive fields: the radius r95 in pixels of the disc that holds 95 % of the squared gradient, "
-          "as a mean over seeds, each pixel counting equally, and which share of gradient x activation comes by each "
-          "path ([Receptive fields](../../receptive-fields.md)). Levels are counted from the finest one.")
+FIELDS = ("Effective receptive fields of the first seed: the radius r95 in pixels of the disc that holds 95 % of the "
+          "squared gradient, each pixel counting equally, and which share of gradient x activation comes by each path "
+          "([Receptive fields](../../receptive-fields.md)). Level 1 is the finest one.")
 
 
 def fields(numbers: dict) -> Table:
     """Return the table of effective receptive fields."""
-    measured = [(row["row"], [run["fields"] for run in row["runs"] if "fields" in run]) for row in numbers["rows"]]
-    measured = [(row, found) for row, found in measured if found]
-    inside = [name for name in (*numbers["classes"], "all") if any(name in one["r95"] for _, found in measured
-                                                                   for one in found)]
-    paths = list(dict.fromkeys(path for _, found in measured for one in found for path in one["paths"]))
-    rows = [[row, " or ".join(map(str, found[0]["theory_px"])),
-             *(_mean([one["r95"].get(name) for one in found], ".1f") for name in inside),
-             _mean([one["r95_untrained"] for one in found], ".1f"),
-             *(_mean([one["paths"].get(path) for one in found], ".1%") for path in paths)] for row, found in measured]
+    measured = {row["row"]: row["runs"][0]["fields"] for row in numbers["rows"] if "fields" in row["runs"][0]}
+    inside = [name for name in (*numbers["classes"], "all") if any(name in found["r95"] for found in measured.values())]
+    paths = list(dict.fromkeys(path for found in measured.values() for path in found["paths"]))
+    rows = [[row, " or ".join(map(str, found["theory_px"])),
+             *(_number(found["r95"].get(name), ".1f") for name in inside), _number(found["r95_untrained"], ".1f"),
+             *(_number(found["paths"].get(path), ".1%") for path in paths)] for row, found in measured.items()]
     return ["", "theory px", *(f"r95 in {name}" for name in inside), "before training", *paths], rows
 
 
-def _mean(values: Sequence[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
-    return format(mean(known), form) if known else ""
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _of_mean(score: dict | None) -> dict | None:
@@ -185,8 +181,8 @@ def _range(values: Sequence[int]) -> str:
 
 
 def settings(plan: Plan, comparison: Comparison) -> str:
-    """List the settings of each row."""
-    return "\n".join(f"- {label}: " + ", ".join([
+    """List the settings of each row, and the name that the plan gives it if that is another one."""
+    return "\n".join(f"- {label}{f' ({row})' if row != label else ''}: " + ", ".join([
         *([f"{plan.networks[row]} (tools/other_networks.py)"] if row in plan.networks else []),
         *([f"`{plan.rows[row]}`"] if plan.rows[row] else [])] or ["nothing else"])
         for label, row in zip(comparison.labels, comparison.rows, strict=True))
