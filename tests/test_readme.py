@@ -20,7 +20,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md",
          *sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs").glob("*.md"))]
 FOLDERS = ("common", "filtering", "training", "evaluation", "fields", "tools")
 SCRIPTS = ("data_filter", "train", "evaluate", "receptive_field", "tools.make_demo_data", "tools.cross_fit",
-           "tools.benchmark.__main__", "tools.results.__main__")
+           "tools.benchmark.__main__", "tools.results.__main__", "tools.show_field", "tools.other_networks")
 MOST_LINES, MOST_LETTERS = 220, 120  # of the README; of a line outside tables and blocks
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python3?|make|pip|ruff|pytest|pre-commit) ")
 SETTING = re.compile(r"((?:data|train|optim|model|loss|filter)\.(?!py\b)\w+)(=.*)?")
@@ -136,6 +136,8 @@ def test_options_exist(parse):
         known |= set(parse(module, {"data_filter": ["--config", "x"], "train": ["--config", "x"],
                                     "tools.make_demo_data": ["x"],
                                     "tools.cross_fit": ["--config", "x"],
+                                    "tools.show_field": ["--out", "x"],
+                                    "tools.other_networks": ["smp-resnet18", "--config", "x"],
                                     "tools.results.__main__": ["x"]}.get(module, []))[0]._option_string_actions)
     named = {(page, option) for page in PAGES for code in codes(page)
              for option in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", code)}

@@ -373,6 +373,24 @@ def test_the_plans_of_the_repository_can_be_read(file, monkeypatch):
     assert (REPOSITORY / "docs/results" / plan.name / "results.md") in KEPT
 
 
+def scores_in(value):
+    """Every score with an interval in the contents of a JSON file."""
+    if isinstance(value, dict) and {"value", "low", "high"} <= value.keys():
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from scores_in(part)
+
+
+def test_scores_that_the_documentation_quotes_are_those_that_are_kept():
+    files = [json.loads(path.read_text()) for path in (REPOSITORY / "docs/results").glob("*/*.json")]
+    kept = {tuple(format(score[name], form) for name in ("value", "low", "high"))
+            for score in scores_in(files) if score["low"] is not None for form in (".3f", "+.3f", ".1f", "+.1f")}
+    quoted = re.findall(r"([+-]?\d+\.\d+)(?: px)? \(([+-]?\d+\.\d+) to ([+-]?\d+\.\d+)\)",
+                        (REPOSITORY / "docs/results.md").read_text())
+    assert len(quoted) > 15 and not [score for score in quoted if score not in kept]
+
+
 @pytest.mark.parametrize("file", KEPT, ids=lambda path: path.parent.name)
 def test_pages_of_the_repository_follow_from_the_numbers_beside_them(file, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
