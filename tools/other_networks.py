@@ -110,9 +110,7 @@ def predict(name: str, folder: Path, config: Config, split: str, out: Path) -> N
             images = torch.stack([torch.from_numpy(store.tile(row)[..., :3].copy()) for row in chosen])
             labels = most_likely(predictor.logits(images.to(learner.device))).to(torch.uint8).cpu().numpy()
             for row, label in zip(chosen, labels, strict=True):
-                path = partial_folder / f"{tiles[row].key}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                label_image(label, config.data).save(path)
+                label_image(label, config.data).save(partial_folder / f"{tiles[row].key}.png")
             progress.advance(len(chosen))
 
 
