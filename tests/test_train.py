@@ -406,7 +406,8 @@ def test_too_little_memory_before_training_has_the_same_advice(workplace, tiny, 
     """For the tiles on a GPU, or for the network."""
     train.start(apply_overrides(tiny, ["train.epochs=1"]))
     (workplace / "x.yaml").write_text(to_yaml(tiny).replace("name: tiny", "name: x"))
-    monkeypatch.setattr(train, "build_learner", raising(torch.OutOfMemoryError("CUDA out of memory. Tried to")))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to")
+    monkeypatch.setattr("training.learner.build_optimizer", raising(error))
     out = here("train.py", *arguments, cwd=workplace)
     assert out.returncode == 2 and "train.batch_size" in out.stderr and "Traceback" not in out.stderr
     assert not (workplace / "runs/x").exists() and (workplace / "runs/tiny/checkpoints/last.pt").exists()

@@ -31,7 +31,7 @@ def test_the_map_is_how_much_a_pixel_of_the_image_changes_the_logits(tmp_path, r
     whole, step = np.zeros(image.shape[:2]), 2e-3
     whole[top:top + found.shape[0], left:left + found.shape[1]] = found
     low, high = geometry.box(3)
-    assert not whole[:row + low].any() and not whole[:, :column + low].any()
+    assert not whole[:max(0, row + low)].any() and not whole[:, :column + low].any()
     assert not whole[row + high + 1:].any() and not whole[:, column + high + 1:].any()
     for y, x in [(row, column), (row - 3, column + 2), (row + 5, column), (row, column - 9)]:
         total = 0
