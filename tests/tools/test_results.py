@@ -81,7 +81,7 @@ def test_every_row_is_trained_with_every_seed_and_scored_as_evaluate_does(done_o
         config = load_config(folder / f"runs/{name}/config.yaml")
         assert config.name == name and config.loss.name == ("ce" if "-ce-" in name else "dice_ce")
         assert config.train.epochs == 3 and config.seed == int(name[-1])
-        kept = (folder / f"out/metrics/{name}.csv").read_text()
+        kept = (folder / f"out/metrics/loss/{name}.csv").read_text()
         assert kept == (folder / f"runs/{name}/metrics.csv").read_text()
     evaluated = script("evaluate.py", *(f"runs/tiny-{row}-seed{seed}" for row in ("dice_ce", "ce") for seed in (0, 1)),
                        "--out", "by_hand", cwd=folder)
@@ -400,7 +400,7 @@ def test_pages_of_the_repository_follow_from_the_numbers_beside_them(file, tmp_p
     assert {*found} == {path.stem for path in file.parent.glob("*.json")}, "numbers are of the plan's settings"
     page.write(tmp_path, plan, found, file.parent / "metrics")
     assert (tmp_path / "results.md").read_text() == file.read_text()
-    for of_one in found.values():
+    for name, of_one in found.items():
         for row in of_one["rows"]:
             for run in row["runs"]:
-                assert (file.parent / f"metrics/{run['name']}.csv").is_file()
+                assert (file.parent / f"metrics/{name}/{run['name']}.csv").is_file()

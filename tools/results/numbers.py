@@ -1,4 +1,4 @@
-"""The numbers of a comparison, in files that are small enough to be kept: OUT/COMPARISON.json and OUT/metrics/."""
+"""The numbers of a comparison, in files small enough to be kept: OUT/COMPARISON.json and OUT/metrics/COMPARISON/."""
 
 import json
 import subprocess
@@ -24,6 +24,11 @@ TEST_SET = ("tiles_identity", "tiles", "groups", "classes", "intervals", "best_c
 
 def path_of(out: Path, comparison: Comparison) -> Path:
     return out / f"{comparison.name}.json"
+
+
+def metrics_of(out: Path, comparison: Comparison) -> Path:
+    """Return the folder of the metrics.csv of each run: another comparison may have the same run of another machine."""
+    return out / "metrics" / comparison.name
 
 
 def read_numbers(out: Path, plan: Plan, comparison: Comparison) -> dict | None:
@@ -73,7 +78,7 @@ def measure(plan: Plan, comparison: Comparison, out: Path) -> None:
     if len(scores["experiments"] or scores["entries"]) != len(runs):
         raise UserError(f"{plan.path}: {comparison.name}: two rows have the same tiles and settings, so that they are "
                         "not two rows; remove one")
-    (out / "metrics").mkdir(parents=True, exist_ok=True)
+    metrics_of(out, comparison).mkdir(parents=True, exist_ok=True)
     more = measure_more(plan, comparison, runs, folder, out)
     rows, entries = [], {entry["name"]: entry for entry in scores["entries"]}
     for number, (label, (row, of_row)) in enumerate(zip(comparison.labels, runs.items(), strict=True)):
@@ -87,7 +92,8 @@ def measure(plan: Plan, comparison: Comparison, out: Path) -> None:
     numbers = {"seeds": seeds, **{name: scores[name] for name in TEST_SET}, "test": plan.test, **beside, "rows": rows}
     for of_row in runs.values():
         for run in of_row:
-            write_text(out / "metrics" / f"{run.name}.csv", (run.folder / "metrics.csv").read_text(encoding="utf-8"))
+            write_text(metrics_of(out, comparison) / f"{run.name}.csv",
+                       (run.folder / "metrics.csv").read_text(encoding="utf-8"))
     write_text(path_of(out, comparison), json.dumps(numbers, indent=1) + "\n")
 
 

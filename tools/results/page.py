@@ -17,7 +17,7 @@ Table = tuple[list[str], list[list[str]]]  # header and rows
 
 
 def write(out: Path, plan: Plan, found: dict[str, dict], metrics: Path) -> None:
-    """Write the page from the numbers of comparisons by name, and the metrics.csv of their runs in a folder.
+    """Write the page from the numbers of comparisons by name, and the metrics.csv of their runs in folders by name.
 
     Comparisons without numbers are named. Pictures that need the runs were drawn into `out` when they were measured.
     """
@@ -26,7 +26,7 @@ def write(out: Path, plan: Plan, found: dict[str, dict], metrics: Path) -> None:
         parts += [f"## {comparison.name.replace('-', ' ').replace('_', ' ').capitalize()}", comparison.question]
         numbers = found.get(comparison.name)
         call = command("python", "-m", "tools.results", plan.word, "--only", comparison.name)
-        parts += section(plan, comparison, numbers, out, metrics) if numbers else [f"Not run yet: `{call}`"]
+        parts += section(plan, comparison, numbers, out, metrics / comparison.name) if numbers else [f"Not run yet: `{call}`"]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "results.md", "\n\n".join(parts) + "\n")
 
