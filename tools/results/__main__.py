@@ -9,8 +9,8 @@
 A plan, such as configs/results/demo.yaml, names the settings of each row, and which rows are compared. Each run is one
 of train.py in runs/PLAN-ROW-seedN. What is complete stays as it is, what was interrupted goes on, and comparisons whose
 numbers are kept in OUT (docs/results/PLAN) are not trained again. After each seed the comparisons are scored, by
-evaluate.py into runs/PLAN-COMPARISON; their numbers go to OUT/COMPARISON.json and OUT/metrics/COMPARISON/. The page OUT/results.md
-and its pictures are made from these files alone. To repeat what docs/results holds, give another OUT.
+evaluate.py into runs/PLAN-COMPARISON; their numbers go to OUT/COMPARISON.json and OUT/metrics/COMPARISON. The page
+OUT/results.md and its pictures are made from these files alone. To repeat what docs/results holds, give another OUT.
 """
 
 from collections.abc import Sequence

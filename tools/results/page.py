@@ -25,8 +25,11 @@ def write(out: Path, plan: Plan, found: dict[str, dict], metrics: Path) -> None:
     for comparison in plan.comparisons:
         parts += [f"## {comparison.name.replace('-', ' ').replace('_', ' ').capitalize()}", comparison.question]
         numbers = found.get(comparison.name)
-        call = command("python", "-m", "tools.results", plan.word, "--only", comparison.name)
-        parts += section(plan, comparison, numbers, out, metrics / comparison.name) if numbers else [f"Not run yet: `{call}`"]
+        if numbers:
+            parts += section(plan, comparison, numbers, out, metrics / comparison.name)
+        else:
+            call = command("python", "-m", "tools.results", plan.word, "--only", comparison.name)
+            parts.append(f"Not run yet: `{call}`")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "results.md", "\n\n".join(parts) + "\n")
 
