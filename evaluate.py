@@ -6,6 +6,7 @@
     python evaluate.py --predictions other_tool/labels --config configs/dice_ce.yaml
     python evaluate.py runs/demo-seed0 runs/demo-seed1 runs/demo-seed2 --merge gland=tissue,tumour
     python evaluate.py runs/dice_ce --images FOLDER
+    torchrun --nproc-per-node 4 evaluate.py runs/dice_ce
 
 Tiles are mirrored up to the size that the network takes, and predictions are cropped back. The network computes in
 bfloat16 if the hardware supports it; --precision float32 is exact (docs/performance.md compares both). Scores, tables,
@@ -14,12 +15,17 @@ runs/comparison-A-B-C. Runs that differ only in their seed become one row, the m
 it writes label images, overlays and the areas of the classes to RUN/predictions-FOLDER.
 """
 
+import hashlib
 import math
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
+from common import ranks
 from common.config_files import load_config
 from common.console import UserError, argument_parser, run, warn
 from common.files import file_name
@@ -49,11 +55,16 @@ LESS_MEMORY = "close other programs, give smaller images (--images), or compute 
 def evaluate(candidates: Sequence[Candidate], test_set: TestSet, out: Path, tolerance: float = TOLERANCE,
              keys: Sequence[str] = (), pictures: int = PICTURES, merges: Sequence[Merge] = (),
              part_of: str = "") -> dict:
-    """Score every candidate, replace the folder `out`, and return the contents of scores.json."""
+    """Score every candidate, replace the folder `out`, and return the contents of scores.json.
+
+    With several ranks the first one alone writes and returns them.
+    """
     report.reject_unknown_keys(test_set, keys)
-    with replacing_folder(out, sources_of(candidates)) as partial:
+    with replacing_folder(out, sources_of(candidates)) if ranks.is_first() else nullcontext(out) as partial:
         scored = [score(candidate, test_set, tolerance, partial / "predictions" / file_name(candidate.name))
                   for candidate in candidates]
+        if not ranks.is_first():
+            return {}
         tallies, label_images = (list(parts) for parts in zip(*scored, strict=True))
         evaluation = Evaluation(test_set, list(candidates), tallies, label_images, tolerance, tuple(merges), part_of)
         contents = report.write(partial, evaluation, keys, pictures)
@@ -163,10 +174,8 @@ def default_folder(candidates: Sequence[Candidate], args: Namespace) -> Path:
         mark(args.tolerance, TOLERANCE, "tolerance-{:g}")])
 
 
-def main() -> None:
-    parser = parser_of_arguments()
-    args = parser.parse_intermixed_args()
-    reuse_memory()
+def prepare(parser: ArgumentParser, args: Namespace) -> tuple[list[Candidate], list[Merge], Path, list[Path]]:
+    """Check the arguments. Return what is evaluated, the classes to merge, the output folder and its sources."""
     runs, overrides = arguments.runs_and_overrides(args)
     check_arguments(parser, args, runs)
     candidates = read_candidates(args, runs, overrides)
@@ -176,21 +185,47 @@ def main() -> None:
     label_images = [path for candidate in candidates for path in (candidate.label_images or {}).values()]
     lists = [candidate.config.data.list_folder for candidate in candidates]
     inputs = [*sources_of(candidates), *sources, *lists, *label_images, *([Path(args.config)] if args.config else [])]
-    check_replaceable(out, inputs, None if args.out else sources)
-    with enough_memory(LESS_MEMORY):
+    if ranks.is_first():
+        check_replaceable(out, inputs, None if args.out else sources)
+    return candidates, merges, out, sources
+
+
+def open_tiles(candidates: Sequence[Candidate], args: Namespace) -> TestSet:
+    test_set = open_test_set(candidates, args.split)
+    if args.by and not any(found_in(tile.key, args.by) for tile in test_set.tiles):
+        raise UserError(f"--by '{args.by}' is found in no key of the {args.split} tiles, such as "
+                        f"{test_set.tiles[0].key}")
+    return test_set
+
+
+def reject_different_machines(candidates: Sequence[Candidate], inputs: str) -> None:
+    """Raise a `UserError` if two ranks have other code, checkpoints or `inputs`, which are given in words."""
+    files = [source for candidate in candidates for source in candidate.sources if source.is_file()]
+    models = {f"file {path}": hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
+    ranks.reject_differences({"code": ranks.digest_of_code(), "version of torch": torch.__version__, **models,
+                              "list of what is predicted": inputs})
+
+
+def main() -> None:
+    parser = parser_of_arguments()
+    args = parser.parse_intermixed_args()
+    reuse_memory()
+    with ranks.started(), enough_memory(LESS_MEMORY):
+        candidates, merges, out, sources = ranks.together(lambda: prepare(parser, args))
         if args.images:
-            rows = unlabelled.predict_folder(candidates[0], unlabelled.find_images(args.images), out, sources)
-            print(unlabelled.summary(rows, candidates[0].config.data.classes))
+            images = ranks.together(lambda: unlabelled.find_images(args.images))
+            reject_different_machines(candidates, f"{len(images)} images, {images[0].name} to {images[-1].name}")
+            rows = unlabelled.predict_folder(candidates[0], images, out, sources)
+            summary = unlabelled.summary(rows, candidates[0].config.data.classes) if ranks.is_first() else ""
         else:
-            test_set = open_test_set(candidates, args.split)
-            if args.by and not any(found_in(tile.key, args.by) for tile in test_set.tiles):
-                raise UserError(f"--by '{args.by}' is found in no key of the {args.split} tiles, such as "
-                                f"{test_set.tiles[0].key}")
+            test_set = ranks.one_first(lambda: open_tiles(candidates, args))
+            reject_different_machines(candidates, test_set.tiles_identity)
             for reason in explain_separate_seeds(candidates):
                 warn(reason)
-            print(report.summary(evaluate(candidates, test_set, out, args.tolerance, args.tiles, args.pictures, merges,
-                                          args.by)))
-    print(f"wrote {out}: {names_in(out)}")
+            contents = evaluate(candidates, test_set, out, args.tolerance, args.tiles, args.pictures, merges, args.by)
+            summary = report.summary(contents) if ranks.is_first() else ""
+        if ranks.is_first():
+            print(f"{summary}\nwrote {out}: {names_in(out)}")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,23 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30  # of progress, if stderr is not a terminal
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # schedulers end jobs so
+
+_speaker = ""  # who says an error, if this process is one of several
+_code = 130  # of an interrupt
 
 
 class UserError(Exception):
@@ -41,7 +48,7 @@ class Progress(AbstractContextManager):
         self.title, self.total, self.unit, self.done = title, total, unit, 0
         self.started = self.last_line = time.monotonic()
         self.bar = tqdm(total=total, desc=title, unit=unit, leave=False, dynamic_ncols=True,
-                        file=sys.stderr, disable=not sys.stderr.isatty())
+                        file=sys.stderr, disable=bool(_speaker) or not sys.stderr.isatty())
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.done += steps
@@ -49,7 +56,7 @@ class Progress(AbstractContextManager):
             self.bar.set_description(self.title, refresh=False)
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(steps)
-        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+        elif not _speaker and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             rate = self.done / (self.last_line - self.started)
             print(f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s {note}".rstrip(),
@@ -81,7 +88,15 @@ def percent(share: float) -> str:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if not _speaker:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def speak_only_of_errors(name: str) -> None:
+    """Print nothing but errors from now on, under this name: another process speaks to the user."""
+    global _speaker
+    _speaker = name
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until this process ends)
 
 
 def command(*words: str) -> str:
@@ -100,7 +115,13 @@ def argument_parser(description: str | None, **options: Any) -> argparse.Argumen
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`. Exit with one line and code 2 on an error that the user can fix, 130 on Ctrl-C."""
+    """Call a script's `main`. Exit with one line and code 2 on an error that the user can fix, 130 on Ctrl-C.
+
+    A signal to end is met like Ctrl-C, with the exit code of the signal (SIGTERM: 143).
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that this console cannot show must not end hours of work
             stream.reconfigure(errors="backslashreplace")
@@ -118,11 +139,20 @@ def run(main: Callable[[], None]) -> None:
             message = (f"{where}: " if where else "") + (error.strerror or message)
         if "--traceback" in sys.argv:
             traceback.print_exception(error)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {_speaker}{': ' if _speaker else ''}{message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
-        sys.exit(130)
+        if not _speaker:
+            print(f"\ninterrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
+        sys.exit(_code)
+
+
+def _interrupt(number: int, _frame: object) -> NoReturn:
+    """End as on Ctrl-C; a second signal ends at once."""
+    global _code
+    _code = 128 + number
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def _output_is_full(error: OSError) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from common import ranks
 from common.console import UserError, warn
 from common.workers import processor
 
@@ -31,7 +32,7 @@ def choose_device(name: str) -> torch.device:
         if reason:
             raise UserError(f"device '{name}' cannot be used here ({reason}): set device to cuda, cuda:N, mps or cpu, "
                             "if this machine and this torch support it, or to auto")
-        return torch.device(name)
+        return _of_this_rank(torch.device(name))
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     reason = _why_unusable(best)
     if best == "mps" and torch.__version__ < SAFE_ON_MPS:
@@ -39,7 +40,22 @@ def choose_device(name: str) -> torch.device:
     if reason:
         warn(f"device=auto uses the CPU instead of {best}: {reason}")
         best = "cpu"
-    return torch.device(best)
+    return _of_this_rank(torch.device(best))
+
+
+def _of_this_rank(device: torch.device) -> torch.device:
+    """Return the GPU of this rank if several work on this machine, each with a GPU of its own."""
+    number, count = ranks.on_this_machine()
+    if device.type != "cuda" or ranks.count() == 1:
+        return device
+    if device.index is not None and count > 1:
+        raise UserError(f"device '{device}' would be that of all {count} ranks on this machine; set device=cuda or "
+                        "auto, and each takes one")
+    if number >= (found := torch.cuda.device_count()):
+        raise UserError(f"this machine has GPUs: {found}, but torchrun starts {count} ranks here, which need one each; "
+                        f"give it --nproc-per-node {found}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def device_name(device: torch.device) -> str:

@@ -4,6 +4,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,13 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def alpha_range(picture: Image.Image) -> tuple[int, int]:
     """Return the lowest and highest alpha of a picture that has alpha: from 0, transparent, to 255."""
     return picture.getchannel("A").getextrema()
+
+
+def encoded(picture: Image.Image, form: str, **options: object) -> bytes:
+    """Return the contents of the file of a picture in a format of Pillow, such as PNG."""
+    file = BytesIO()
+    picture.save(file, format=form, **options)
+    return file.getvalue()
 
 
 def picture_size(path: Path) -> tuple[int, int]:

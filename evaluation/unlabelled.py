@@ -8,18 +8,20 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from common import palette
+from common import palette, ranks
 from common.console import Progress, UserError, table
 from common.files import write_csv
 from common.masks import label_image
 from common.patterns import SUFFIXES
-from common.pictures import read_image
+from common.pictures import encoded, read_image
 from common.result_folders import replacing_folder
 from evaluation import figures
 from evaluation.candidates import Candidate
@@ -53,27 +55,43 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def predict_folder(candidate: Candidate, images: Sequence[Path], out: Path, sources: Sequence[Path] = ()) -> list[dict]:
-    """Predict every image, replace the folder `out`, and return the rows of areas.csv."""
-    data, rows = candidate.config.data, []
-    with replacing_folder(out, sources) as partial, Progress("predict", len(images), "image") as progress:
-        for name in ("labels", "overlays"):
-            (partial / name).mkdir()
-        for path in images:
-            image = np.array(read_image(path, MAX_PIXELS))
-            labels = candidate.predictor.labels(torch.from_numpy(image).to(candidate.device))
-            label_image(labels, data).save(partial / "labels" / f"{path.stem}.png")
-            step = -(-max(labels.shape) // OVERLAY)
-            small = np.asarray(Image.fromarray(image).reduce(step))
-            overlay = figures.overlay(small, labels[::step, ::step], len(data.classes))
-            Image.fromarray(overlay).save(partial / "overlays" / f"{path.stem}.jpg", quality=90, subsampling=0)
-            pixels = {name: int((labels == k).sum()) for k, name in enumerate(data.classes)}
-            rows.append({"image": path.name, "height": labels.shape[0], "width": labels.shape[1]}
-                        | {f"pixels_{name}": count for name, count in pixels.items()}
-                        | {f"share_{name}": round(count / labels.size, 6) for name, count in pixels.items()})
-            progress.advance()
-        write_csv(partial / "areas.csv", rows)
-        palette.save(palette.legend(data.classes), partial / "legend.png")
+    """Predict every image, replace the folder `out`, and return the rows of areas.csv.
+
+    The ranks predict an image each, then the first one writes what they found, and so on.
+    """
+    classes, rows = candidate.config.data.classes, []
+    with (replacing_folder(out, sources) if ranks.is_first() else nullcontext() as partial,
+          ranks.SharedProgress("predict", len(images), "image") as progress):
+        for start in range(0, len(images), ranks.count()):
+            ranks.begin(f"an image of {images[start].parent}")
+            own = images[start + ranks.rank():start + ranks.rank() + 1]  # none for some ranks in the end
+            found = [predicted(candidate, path) for path in own]
+            progress.advance(len(own))
+            for row, files in chain.from_iterable(ranks.to_first(found)):
+                rows.append(row)
+                for name, contents in files.items():
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    (partial / name).write_bytes(contents)
+        if ranks.is_first():
+            write_csv(partial / "areas.csv", rows)
+            palette.save(palette.legend(classes), partial / "legend.png")
     return rows
+
+
+def predicted(candidate: Candidate, path: Path) -> tuple[dict, dict[str, bytes]]:
+    """Predict an image. Return its row of areas.csv, and its files by their names."""
+    data = candidate.config.data
+    image = np.array(read_image(path, MAX_PIXELS))
+    labels = candidate.predictor.labels(torch.from_numpy(image).to(candidate.device))
+    step = -(-max(labels.shape) // OVERLAY)
+    small = np.asarray(Image.fromarray(image).reduce(step))
+    overlay = figures.overlay(small, labels[::step, ::step], len(data.classes))
+    pixels = {name: int((labels == k).sum()) for k, name in enumerate(data.classes)}
+    row = ({"image": path.name, "height": labels.shape[0], "width": labels.shape[1]}
+           | {f"pixels_{name}": count for name, count in pixels.items()}
+           | {f"share_{name}": round(count / labels.size, 6) for name, count in pixels.items()})
+    return row, {f"labels/{path.stem}.png": encoded(label_image(labels, data), "PNG"),
+                 f"overlays/{path.stem}.jpg": encoded(Image.fromarray(overlay), "JPEG", quality=90, subsampling=0)}
 
 
 def summary(rows: Sequence[dict], classes: Sequence[str]) -> str:

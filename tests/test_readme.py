@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import REPOSITORY
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from common.config import Config
 from train import configs_of_seeds
@@ -131,7 +132,8 @@ def test_the_benchmark_knows_what_the_pages_ask_for(parse):
 
 
 def test_options_exist(parse):
-    known = {"--ignore"}  # of pytest
+    known = {"--ignore", *torchrun_parser()._option_string_actions}  # of pytest and torchrun
+    known |= set(re.findall(r"^#SBATCH (--[\w-]+)", text("slurm/train.sbatch"), re.MULTILINE))
     for module in SCRIPTS:
         known |= set(parse(module, {"data_filter": ["--config", "x"], "train": ["--config", "x"],
                                     "tools.make_demo_data": ["x"],

@@ -1,9 +1,13 @@
-"""One epoch: train and validate k models and keep the survivor (report, section 5.1.2), or train one (plain)."""
+"""One epoch: train and validate k models and keep the survivor (report, section 5.1.2), or train one (plain).
+
+Rank r of n trains the folds r, r + n, ... (common/ranks.py). Which rank trains a fold changes nothing in the result.
+"""
 
 import math
 
 import torch
 
+from common import ranks
 from common.config import Config
 from common.console import Progress, UserError
 from common.masks import IGNORE
@@ -49,31 +53,48 @@ def run_epoch(learner: Learner, data: TrainingSet, config: Config, epoch: int) -
     places = draw_folds(data.groups, plan.folds, plan.images_per_epoch, config.seed, epoch, fixed=plan.is_plain)
     folds = [data.rows[fold] for fold in places]  # rows of the store
     keys = data.store.sizes, config.data.crop, config.seed
-    survivor, survivor_state, lowest, val_losses = None, None, math.inf, []
+    losses, best, best_state = {}, None, None  # of the folds of this rank
     start = learner.take_snapshot()
-    with Progress("", plan.images, "image") as progress:
-        for fold in range(plan.models):
+    with ranks.SharedProgress("", plan.images, "image") as progress:
+        for fold in range(ranks.rank(), plan.models, ranks.count()):
             of_folds = "" if plan.is_plain else f" fold {fold + 1}/{plan.models}"
-            progress.title = f"epoch {epoch}/{plan.epochs}{of_folds}"
+            progress.title = f"epoch {epoch}/{plan.epochs}{of_folds if ranks.count() == 1 else ''}"
+            ranks.begin(f"fold {fold + 1} of epoch {epoch}")
             learner.restore_snapshot(start)
             torch.manual_seed(torch_seed(config.seed, epoch, fold, "dropout"))
             crops = training_crops(folds, fold, *keys, epoch, config.augment)
             train_loss = run_pass(learner, data, crops, plan.batch_size, True, progress)
             crops = validation_crops(folds, fold, *keys, 0 if plan.is_plain else epoch)
             val_loss = run_pass(learner, data, crops, plan.batch_size, False, progress)
-            val_losses.append(val_loss)
-            if val_loss < lowest and not math.isnan(train_loss):  # false for NaN, which argmin would choose
-                lowest = val_loss
-                survivor = {"survivor": fold, "train_loss": train_loss, "val_loss": val_loss}
-                survivor_state = learner.take_snapshot(into=survivor_state)
+            losses[fold] = train_loss, val_loss
+            if lowest(losses) == fold:
+                best, best_state = fold, learner.take_snapshot(into=best_state)
+        ranks.meet(progress.look)
+    for others in ranks.gather(losses):
+        losses |= others
+    val_losses = [losses[fold][1] for fold in range(plan.models)]
+    survivor = lowest(losses)
     if survivor is None:
         advice = "a lower optim.lr, or with train.precision=float32"
         if config.data.ignore or any(tile.has_new_mask for tile in data.tiles):
             advice = f"a larger data.crop if crops may hold nothing but ignored pixels, or else with {advice}"
-        raise UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}). What earlier epochs "
-                        f"wrote is kept. Start a new run with {advice}")
-    learner.restore_snapshot(survivor_state)
-    return survivor | {f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}
+        ranks.fail(UserError(f"epoch {epoch}: no fold has a finite validation loss ({val_losses}). What earlier epochs "
+                             f"wrote is kept. Start a new run with {advice}"))
+    if survivor == best:
+        learner.restore_snapshot(best_state)
+    learner.copy_from_rank(survivor % ranks.count())
+    return {"survivor": survivor, "train_loss": losses[survivor][0], "val_loss": losses[survivor][1],
+            **{f"val_loss_{fold}": loss for fold, loss in enumerate(val_losses)}}
+
+
+def lowest(losses: dict[int, tuple[float, float]]) -> int | None:
+    """Return the fold with the lowest validation loss, the first of equal ones; None if no loss is a number.
+
+    `losses` holds the training and the validation loss of each fold.
+    """
+    finite = [fold for fold, (train_loss, val_loss) in sorted(losses.items())
+              if not math.isnan(train_loss) and val_loss < math.inf]  # false for NaN, which argmin would choose
+    return min(finite, key=lambda fold: losses[fold][1], default=None)
 
 
 def moving_average(previous: float | None, value: float, alpha: float) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from common import ranks
 from common.config import Config, Optim
 from common.console import UserError
 from common.devices import autocast, choose_device, choose_precision, compile_for_training, memory_format
@@ -15,7 +16,7 @@ from common.randomness import torch_seed
 from common.statistics import Statistics
 from losses import make_loss
 from training import checkpoints
-from training.snapshots import State, copy_state
+from training.snapshots import State, copy_state, tensors_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Learner:
 
     def restore_snapshot(self, snapshot: State) -> None:
         copy_state(snapshot, self.state)
+
+    def copy_from_rank(self, rank: int) -> None:
+        """Set weights and Adam state to those of another rank; every rank calls this."""
+        ranks.copy_tensors(tensors_of(self.state), rank)
 
     def restore_checkpoint(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Set weights, Adam state and scheduler to those of a checkpoint, so that training continues from there."""

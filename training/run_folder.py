@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from common import ranks
 from common.config import Config
 from common.config_files import to_yaml
 from common.console import UserError
@@ -114,6 +115,7 @@ def record_start(folder: Path, config: Config, device: torch.device, precision: 
         "device": device_name(device),
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "ranks": ranks.count(),
         "packages": {name: version(name) for name in PACKAGES},
         "tiles_sha256": hashlib.sha256((config.data.list_folder / TILE_LIST).read_bytes()).hexdigest(),
     }

@@ -1,6 +1,8 @@
 """common/console.py: errors of one line, exit codes, progress, tables, commands to paste."""
 
 import io
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +117,17 @@ def test_commands_can_be_pasted_into_the_shell_of_the_system(monkeypatch):
     assert command("a b", "c") == "'a b' c"
     monkeypatch.setattr(console.os, "name", "nt")
     assert command(*words) == r'python train.py --config "my configs/x.yaml" "data.group=^(s\d+)" runs/a-1 C:\x'
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends processes without a signal")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_signal_to_end_is_met_like_ctrl_c(name, code):
+    """Files that are being written are removed on the way out."""
+    program = ("import time\nfrom common import console\ndef main():\n    try:\n        print('ready', flush=True)\n"
+               "        time.sleep(100)\n    finally:\n        print('cleaned', flush=True)\nconsole.run(main)")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    out, errors = process.communicate()
+    assert (process.returncode, out) == (code, "cleaned\n") and errors.strip() == "interrupted"
