@@ -128,9 +128,9 @@ class Pulse:
         return ", ".join(f"rank {rank}{f' on {state.host}' if state else ''}" for rank, state in others
                          if not state or state.meeting < self.state.meeting)
 
-    def lost(self, silence: float = SECONDS_OF_SILENCE) -> str:
+    def lost(self, silence: float | None = None) -> str:
         """Return which rank died or hangs, and what it did, in words; "" if all are well."""
-        now = time.monotonic()
+        silence, now = silence or SECONDS_OF_SILENCE, time.monotonic()
         if now - self.heard > silence:
             return (f"no answer from {os.environ['MASTER_ADDR']}, where rank 0 runs, for {now - self.heard:.0f} s: "
                     "that machine, its job or the network between is down")

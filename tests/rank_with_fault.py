@@ -18,12 +18,16 @@ from training import checkpoints, epochs
 from training.learner import Learner
 
 
-def kill(*_arguments, **_options):
-    """Die as soon as the others know what this rank does."""
+def send(number):
+    """Send this process a signal as soon as the others know what this rank does."""
     sent = ranks._pulse.state.beats
     while ranks._pulse.state.beats < sent + 2:
         time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), number)
+
+
+def kill(*_arguments, **_options):
+    send(signal.SIGKILL)
 
 
 def kill_once(*_arguments, **_options):
@@ -45,7 +49,7 @@ def wait_for_the_others(*_arguments, **_options):
 
 
 def stop(*_arguments, **_options):
-    os.kill(os.getpid(), signal.SIGSTOP)
+    send(signal.SIGSTOP)
 
 
 def no_memory(*_arguments, **_options):
