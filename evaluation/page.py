@@ -4,7 +4,6 @@ Its pictures are embedded as `data:` URLs, and its Content-Security-Policy forbi
 """
 
 import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 from common import palette
 from common.console import Progress
 from common.masks import IGNORE
+from common.pictures import encoded
 from evaluation import report
 from evaluation.results import Evaluation, evenly_spaced, json_number, tile_columns
 
@@ -138,8 +138,7 @@ def thumbnails(evaluation: Evaluation, i: int, side: int) -> dict:
     def shrunk(labels: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
 
-    photo = io.BytesIO()
-    Image.fromarray(image).resize(size, Image.Resampling.BOX).save(photo, "JPEG", quality=80)
+    photo = encoded(Image.fromarray(image).resize(size, Image.Resampling.BOX), "JPEG", quality=80)
     truth = shrunk(target)
     ignored = truth == IGNORE
     predictions = [shrunk(evaluation.predicted(candidate, i)) for candidate in range(len(evaluation.candidates))]
@@ -147,7 +146,7 @@ def thumbnails(evaluation: Evaluation, i: int, side: int) -> dict:
     error_colours = np.array([[255, 255, 255], palette.rgb(palette.ERROR), lines])
     truth_colours = np.array([*colours, [255, 255, 255], lines])
     shown = np.where(ignored, len(colours) + hatched, truth).astype(np.uint8)
-    return {"image": _address("jpeg", photo.getvalue()), "truth": _labels_address(shown, truth_colours),
+    return {"image": _address("jpeg", photo), "truth": _labels_address(shown, truth_colours),
             "predictions": [_labels_address(prediction, colours) for prediction in predictions],
             "errors": [_labels_address(np.where(ignored, 2 * hatched, prediction != truth).astype(np.uint8),
                                        error_colours, transparency=0) for prediction in predictions]}
@@ -157,9 +156,7 @@ def _labels_address(labels: np.ndarray, colours: np.ndarray, **options: int) -> 
     """Return class indices (H, W) as a PNG with a palette; `options` are Pillow's."""
     picture = Image.fromarray(labels).convert("P")
     picture.putpalette(colours.astype(np.uint8).tobytes())
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True, **options)
-    return _address("png", file.getvalue())
+    return _address("png", encoded(picture, "PNG", optimize=True, **options))
 
 
 def _address(format_name: str, contents: bytes) -> str:

@@ -19,6 +19,7 @@ from common.files import replacing, write_text, writing
 from common.masks import IGNORE, colour_codes, name_of, read_mask_file
 from common.palette import IGNORED, class_colours, rgb
 from common.patterns import SUFFIXES
+from common.pictures import encoded
 from dataset import NEW_MASKS, WRITTEN, Tile
 
 
@@ -28,9 +29,7 @@ def encode(labels: np.ndarray, classes: int) -> bytes:
     colours[:classes], colours[IGNORE] = class_colours(classes), rgb(IGNORED)
     picture = Image.fromarray(labels).convert("P")
     picture.putpalette(colours.tobytes())
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
+    return encoded(picture, "PNG")
 
 
 def made_by_hand(tiles: Sequence[Tile], data: Data) -> set[str]:
