@@ -23,8 +23,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 from common import ranks
 from common.config_files import load_config
 from common.console import UserError, argument_parser, run, warn
@@ -198,12 +196,10 @@ def open_tiles(candidates: Sequence[Candidate], args: Namespace) -> TestSet:
     return test_set
 
 
-def reject_different_machines(candidates: Sequence[Candidate], inputs: str) -> None:
-    """Raise a `UserError` if two ranks have other code, checkpoints or `inputs`, which are given in words."""
+def digests_of_models(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """Return a digest of each checkpoint, by which ranks compare what they predict with."""
     files = [source for candidate in candidates for source in candidate.sources if source.is_file()]
-    models = {f"file {path}": hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
-    ranks.reject_differences({"code": ranks.digest_of_code(), "version of torch": torch.__version__, **models,
-                              "list of what is predicted": inputs})
+    return {f"file {path}": hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
 
 
 def main() -> None:
@@ -213,13 +209,14 @@ def main() -> None:
     with ranks.started(), enough_memory(LESS_MEMORY):
         candidates, merges, out, sources = ranks.together(lambda: prepare(parser, args))
         if args.images:
-            images = ranks.together(lambda: unlabelled.find_images(args.images))
-            reject_different_machines(candidates, f"{len(images)} images, {images[0].name} to {images[-1].name}")
+            images = ranks.on_first(lambda: unlabelled.find_images(args.images))
+            ranks.reject_differences(lambda: digests_of_models(candidates))
             rows = unlabelled.predict_folder(candidates[0], images, out, sources)
             summary = unlabelled.summary(rows, candidates[0].config.data.classes) if ranks.is_first() else ""
         else:
             test_set = ranks.one_first(lambda: open_tiles(candidates, args))
-            reject_different_machines(candidates, test_set.tiles_identity)
+            ranks.reject_differences(lambda: digests_of_models(candidates) | {
+                "list of tiles": test_set.tiles_identity})
             for reason in explain_separate_seeds(candidates):
                 warn(reason)
             contents = evaluate(candidates, test_set, out, args.tolerance, args.tiles, args.pictures, merges, args.by)

@@ -22,8 +22,8 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -41,7 +41,6 @@ from training.learner import Learner, build_learner
 from training.training_set import TrainingSet, prepare_data
 from training.watch import Watch
 
-T = TypeVar("T")
 BuildLearner = Callable[[Config, Statistics], Learner]
 RESUME_MAY_CHANGE = ("device", "data.root", "data.cache", "train.epochs", "train.early_stop")
 AUTO = "auto"  # --resume auto
@@ -70,10 +69,10 @@ def start_or_resume(configs: Sequence[Config], tensorboard: bool = False) -> Non
         if len(configs) > 1:
             print(f"\nseed {config.seed}, {number} of {len(configs)}: {folder}", flush=True)
         try:
-            if not ranks.from_first(folder.exists()):
+            if not ranks.on_first(folder.exists):
                 start(config, tensorboard)
             else:
-                ranks.together(lambda config=config, folder=folder: reject_another(config, folder))
+                ranks.on_first(partial(reject_another, config, folder))
                 resume(folder, settings_of_resumption(config), tensorboard)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("give the same command again, and it goes on from here") from None
@@ -101,29 +100,25 @@ def reject_another(config: Config, folder: Path) -> None:
 def start(config: Config, tensorboard: bool = False, build: BuildLearner = build_learner) -> None:
     """Start a run in a new folder, which is created only after the data and the settings were checked."""
     folder = Path("runs") / config.name
-    on_first(lambda: run_folder.reject_existing(folder))
+    ranks.on_first(lambda: run_folder.reject_existing(folder))
     learner, data = prepare(config, build)
-    on_first(lambda: run_folder.create_run(folder, config, data.tiles))
+    ranks.on_first(lambda: run_folder.create_run(folder, config, data.tiles))
     with locked_run(folder), explained_errors(folder):
-        on_first(lambda: run_folder.record_start(folder, config, learner.device, learner.precision))
+        ranks.on_first(lambda: run_folder.record_start(folder, config, learner.device, learner.precision))
         train(learner, data, config, folder, [], tensorboard)
 
 
 def resume(folder: Path, overrides: list[str], tensorboard: bool = False, build: BuildLearner = build_learner) -> None:
     """Continue a run after its last finished epoch, as if it had not been interrupted."""
     with locked_run(folder):
-        config, checkpoint = on_first(lambda: read_run(folder, overrides))
+        config, checkpoint = ranks.on_first(lambda: read_run(folder, overrides))
+        config = apply_overrides(config, overrides)  # another machine may have the tiles in another place
         learner, data = prepare(config, build)
         if checkpoint:
             ranks.together(lambda: restore(learner, data, config, checkpoint))
-        on_first(lambda: run_folder.record_start(folder, config, learner.device, learner.precision))
+        ranks.on_first(lambda: run_folder.record_start(folder, config, learner.device, learner.precision))
         with explained_errors(folder):
             train(learner, data, config, folder, checkpoint.history if checkpoint else [], tensorboard)
-
-
-def on_first(step: Callable[[], T]) -> T:
-    """Do a step on the first rank, which alone uses the folder of the run, and return its value on every rank."""
-    return ranks.from_first(ranks.together(step if ranks.is_first() else lambda: None))
 
 
 def locked_run(folder: Path) -> AbstractContextManager:
@@ -147,8 +142,8 @@ def prepare(config: Config, build: BuildLearner) -> tuple[Learner, TrainingSet]:
     """Prepare tiles and network on every rank. Raise a `UserError` if two ranks have other code, settings or tiles."""
     data = ranks.one_first(lambda: prepare_data(config))
     settings = {f"setting {name}": str(value) for name, value in leaves(config) if name not in MACHINES_MAY_DIFFER}
-    ranks.reject_differences({"code": ranks.digest_of_code(), "version of torch": torch.__version__, **settings,
-                              "list of tiles": data.tiles_identity, "statistics of the tiles": str(data.statistics)})
+    ranks.reject_differences(lambda: settings | {
+        "list of tiles": data.tiles_identity, "statistics of the tiles": str(data.statistics)})
     return ranks.together(lambda: build(config, data.statistics)), data
 
 

@@ -46,6 +46,8 @@ def choose_device(name: str) -> torch.device:
 def _of_this_rank(device: torch.device) -> torch.device:
     """Return the GPU of this rank if several work on this machine, each with a GPU of its own."""
     number, count = ranks.on_this_machine()
+    if device.type == "mps" and ranks.count() > 1:
+        raise UserError("torchrun cannot share the one GPU of a Mac: leave out torchrun, or set device=cpu")
     if device.type != "cuda" or ranks.count() == 1:
         return device
     if device.index is not None and count > 1:

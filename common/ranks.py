@@ -28,21 +28,19 @@ from common import console
 from common.console import Progress, UserError
 
 T = TypeVar("T")
+SECONDS_OF_SILENCE = 20.0  # after which a rank counts as lost
+SECONDS_FOR_A_STEP = 25.0  # torchrun gives a rank that hangs another 30 to end; or SLOW_STEPS times the slowest so far
+SLOW_STEPS = 10
+SECONDS_FOR_THE_FIRST_STEP = 900.0  # which may have to compile the network
+SECONDS_OF_EXCHANGE = 45.0
+SECONDS_BEFORE_A_WORD = 10.0  # of a rank that waits for others
+SECONDS_BETWEEN_PULSES = 0.5
+SECONDS_BETWEEN_LOOKS = 0.01
+SECONDS_TO_EXPLAIN = 2.5  # how long a rank that ends looks for the one that was the cause
 
 
 class RankLost(UserError):
     """Another rank died or hangs, or the network between is down."""
-
-
-SECONDS_OF_SILENCE = 20.0  # after which a rank counts as lost
-SECONDS_FOR_A_STEP = 40.0  # or `SLOW_STEPS` times its slowest one so far, if that is more
-SECONDS_FOR_THE_FIRST_STEP = 900.0  # which may have to compile the network
-SLOW_STEPS = 10
-SECONDS_OF_EXCHANGE = 45.0
-SECONDS_BEFORE_A_WORD = 10.0  # of a rank that waits for others
-SECONDS_BETWEEN_PULSES = 0.5
-SECONDS_BETWEEN_LOOKS = 0.01  # of a rank that waits for others
-SECONDS_TO_EXPLAIN = 2.5  # how long a rank that ends looks for the one that was the cause
 
 
 @dataclass
@@ -192,14 +190,14 @@ def on_this_machine() -> tuple[int, int]:
 def started() -> Iterator[None]:
     """Connect the processes that torchrun started. Only the first one writes to the terminal, except for errors."""
     global _pulse
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or _pulse:
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield
         return
     number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if number:
         console.speak_only_of_errors(f"rank {number}")
     timeout = timedelta(seconds=SECONDS_OF_EXCHANGE)
-    store, number, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))  # until all have started
+    store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))  # until all have started
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout,
                         wait_for_workers=False)  # a connection of its own, because the thread uses it at any time
@@ -304,6 +302,11 @@ def from_first(value: T) -> T:
     return values[0]
 
 
+def on_first(step: Callable[[], T]) -> T:
+    """Do a step on the first rank alone, and return its value on every rank. If it fails, all end."""
+    return from_first(together(step if is_first() else lambda: None))
+
+
 def to_first(value: T) -> list[T]:
     """Return the values of all ranks on the first rank, in their order, and nothing on the others."""
     if not _pulse:
@@ -357,9 +360,12 @@ def one_first(step: Callable[[], T]) -> T:
     return together((lambda: value) if goes_first else step)
 
 
-def reject_differences(facts: dict[str, str]) -> None:
-    """Raise a `UserError` that names two ranks and what differs, unless the facts of all ranks agree."""
-    for other, theirs in enumerate(found := gather(facts)):
+def reject_differences(facts: Callable[[], dict[str, str]]) -> None:
+    """Raise a `UserError` that names two ranks and what differs, unless the code and these facts of all ranks agree."""
+    if not _pulse:
+        return
+    own = {"code": _digest_of_code(), "version of torch": torch.__version__, **facts()}
+    for other, theirs in enumerate(found := gather(own)):
         for name, value in theirs.items():
             if value != found[0][name]:
                 here, there = (_pulse.others[i].host if i != rank() else _pulse.state.host for i in (0, other))
@@ -367,7 +373,7 @@ def reject_differences(facts: dict[str, str]) -> None:
                                f"{found[0][name]}; give all machines the same files and the same command"))
 
 
-def digest_of_code() -> str:
+def _digest_of_code() -> str:
     """Return a digest of the modules of this repository that are loaded."""
     code = Path(__file__).parent.parent
     paths = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}

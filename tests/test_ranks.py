@@ -171,6 +171,21 @@ def test_ranks_with_other_settings_are_refused(place):
     assert not (place / "runs/many").exists()
 
 
+@pytest.mark.slow
+def test_machines_may_have_the_tiles_in_other_places(place):
+    other = place / "other machine"
+    shutil.copytree(place / "tiles", other / "elsewhere")
+    shutil.copy(place / "many.yaml", other)
+    for more in (("train.epochs=1",), ("--resume", "auto")):
+        port = free_port()
+        processes = [start_rank(rank, 2, *TRAIN, f"data.root={root}", *more, cwd=folder, port=port)
+                     for rank, (root, folder) in enumerate([("tiles", place), ("elsewhere", other)])]
+        outputs = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    assert_as_by_one(place)
+    assert not (other / "runs").exists()
+
+
 def test_one_rank_says_what_is_wrong_for_all(place):
     codes, output = run_ranks(2, *TRAIN, "data.root=nowhere", cwd=place)
     assert codes == [2, 2] and output.count("error: ") == 1 and "nowhere" in output
